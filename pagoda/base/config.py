@@ -1,0 +1,129 @@
+"""What a user may set: one frozen dataclass per owner; a default is written here and nowhere else.
+
+CLI flags are generated from these fields (`--field-name`, or `flag=` in the metadata); where vLLM has a flag of the same
+meaning, ours has the same name. `None` means "chosen automatically": `resolve()` fills it in and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pagoda.base.errors import ConfigError
+from pagoda.base.registry import nearest
+
+__all__ = [
+    "CacheConfig",
+    "DeviceConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "SchedulerConfig",
+    "ServerConfig",
+    "config_from_kwargs",
+    "field",
+]
+
+
+def field(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field that is also a flag. Metadata: `short` ("-q"), `choices`, `metavar`, `repeat` (list flag)."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how its files are read."""
+
+    model: str | None = field(None, "Hugging Face id or folder, or a .gguf file; without it the default model (SmolLM2-135M-Instruct) is served")
+    served_model_name: Sequence[str] = field((), "names the API answers to; the first is reported back", repeat=True)
+    tokenizer: str | None = field(None, "folder or id of the tokenizer, if it is not the model's")
+    revision: str | None = field(None, "branch, tag or commit on the hub")
+    hf_token: str | None = field(None, "token for gated hub repositories (default: HF_TOKEN)")
+    download_dir: str | None = field(None, "where the hub's files are cached (default: the hub's own cache)")
+    load_format: Literal["auto", "dummy"] = field("auto", "auto reads the files; dummy makes random weights of the model's shape")
+    dtype: Literal["auto", "float32", "bfloat16"] = field("auto", "type of unquantized weights; auto follows the checkpoint (float16 and GGUF types: see docs)")
+    max_model_len: int | Literal["auto"] | None = field(None, "longest prompt + output in tokens; auto fits it to memory", metavar="TOKENS|auto")
+    seed: int = field(0, "origin of the seeds given to requests that bring none")
+    max_logprobs: int = field(20, "most logprobs a request may ask for; -1: the whole vocabulary")
+    generation_config: str = field("auto", "auto: sampling defaults from the model's generation_config.json; vllm: ignore it; or a folder")
+    override_generation_config: str | None = field(None, "JSON with sampling defaults that win over the model's", metavar="JSON")
+    hf_overrides: str | None = field(None, "JSON merged into the model's config", metavar="JSON")
+    chat_template: str | None = field(None, "chat template file, or the template itself")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int | None = field(None, "tokens per KV block (CPU: a multiple of 16)", metavar="TOKENS")
+    enable_prefix_caching: bool = field(True, "keep full blocks of past prompts and reuse them")
+    kv_cache_memory_bytes: int | None = field(None, "size of the KV cache; 1g, 1G, 512m are understood", metavar="BYTES")
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = field("auto", "type of cached keys and values; auto is bfloat16 unless --dtype is float32")
+    cpu_memory_utilization: float = field(0.4, "share of the memory available at start that the KV cache may take on a CPU")
+    gpu_memory_utilization: float = field(0.92, "share of the device's memory for weights, buffers and KV cache on a GPU")
+    num_gpu_blocks_override: int | None = field(None, "exact number of KV blocks, for experiments with preemption")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What runs in a step."""
+
+    max_num_seqs: int | None = field(None, "most requests running at once")
+    max_num_batched_tokens: int | None = field(None, "most tokens computed in one step")
+    scheduling_policy: Literal["fcfs", "priority"] = field("fcfs", "first come first served, or the request's `priority` (lower is sooner)")
+    enable_chunked_prefill: bool = field(True, "let a long prompt span steps, so that others go on decoding")
+    long_prefill_token_threshold: int = field(0, "most prompt tokens of one request in a step while others wait; 0: no limit")
+    max_num_queued_reqs: int | None = field(None, "requests that may wait before new ones get 503; unbounded without it")
+    watermark: float = field(0.0, "share of KV blocks kept free when admitting, against preemption")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """Where the arithmetic happens."""
+
+    device: Literal["auto", "cpu", "cuda"] = field("auto", "auto takes a GPU if there is a usable one")
+    num_threads: int | None = field(None, "kernel threads on a CPU (default: cores given by affinity and cgroup quota)")
+    enforce_eager: bool = field(False, "run op by op instead of as one recorded program or graph")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The HTTP front."""
+
+    host: str = field("127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    port: int = field(8000, "TCP port")
+    uds: str | None = field(None, "path of a Unix domain socket to listen on instead")
+    root_path: str = field("", "path prefix when served behind a proxy")
+    api_key: Sequence[str] = field((), "key clients must send as `Authorization: Bearer KEY`; several allowed (or PAGODA_API_KEY)", repeat=True)
+    response_role: str = field("assistant", "role of chat answers")
+    shutdown_timeout: float = field(30.0, "seconds SIGTERM waits for running requests", metavar="SECONDS")
+    max_request_body_bytes: int = field(32 << 20, "larger request bodies are answered with 413", metavar="BYTES")
+    disable_log_stats: bool = field(False, "no line of figures every 10 seconds")
+    enable_log_requests: bool = field(False, "log each request's id and parameters")
+    uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug"] = field("warning", "log level of the HTTP server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything below the front. As given by the user, fields may be None; after `resolve()` none of them is."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    device: DeviceConfig = DeviceConfig()
+
+
+_OWNERS = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "device": DeviceConfig}
+
+
+def config_from_kwargs(model: str | None = None, **kwargs: Any) -> EngineConfig:
+    """`LLM(model, max_model_len=..., block_size=...)`: each name goes to its owner; unknown names are errors."""
+    kwargs["model"] = model
+    parts: dict[str, dict[str, Any]] = {owner: {} for owner in _OWNERS}
+    homes = {f.name: owner for owner, cls in _OWNERS.items() for f in dataclasses.fields(cls)}
+    for name, value in kwargs.items():
+        if name not in homes:
+            raise ConfigError(f"unknown argument `{name}`{nearest(name, sorted(homes))}")
+        parts[homes[name]][name] = value
+    return EngineConfig(**{owner: cls(**parts[owner]) for owner, cls in _OWNERS.items()})

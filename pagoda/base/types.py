@@ -1,0 +1,242 @@
+"""The nouns that cross rooms: what is asked, what is answered, and what a model tells the brain about itself.
+
+Wire formats (HTTP bodies, offline arguments) end at adapters; inside there is one request type and one event type.
+Everything here is a msgspec struct, so it is also its own wire format between processes.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from pagoda.base.errors import InvalidRequest
+
+__all__ = [
+    "CompletionOutput",
+    "EngineOutput",
+    "FinishReason",
+    "GenerateRequest",
+    "KvGroup",
+    "Logprob",
+    "ModelFacts",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "TokenLogprobs",
+]
+
+MAX_SAMPLES = 16384
+MAX_LOGIT_BIAS = 1024
+
+
+class FinishReason(str, enum.Enum):
+    STOP = "stop"  # eos, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens or max_model_len
+    ABORT = "abort"  # the client went away or asked for it
+    ERROR = "error"  # this request failed; `error` says why
+
+
+class RequestOutputKind(enum.IntEnum):
+    CUMULATIVE = 0  # every output carries everything so far
+    DELTA = 1  # every output carries what is new
+    FINAL_ONLY = 2  # one output, at the end
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How to choose tokens and when to stop. Names and defaults are vLLM's.
+
+    Raises InvalidRequest naming the field on a bad value. The order in which the values act on the logits is documented
+    and implemented once, in `worker/sampler.py`.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: all
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: up to the end of the context
+    min_tokens: int = 0
+    logprobs: int | None = None  # -1: the whole vocabulary
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None  # keep the last that many; -1: as many as fit the context
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words_token_ids: list[list[int]] | None = None  # filled by the front from `bad_words`
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        self.stop = self.stop or []
+        self.stop_token_ids = self.stop_token_ids or []
+        self.bad_words = self.bad_words or []
+        self._check_numbers()
+        self._check_lists()
+
+    def _check_numbers(self) -> None:
+        _check(1 <= self.n <= MAX_SAMPLES, "n", f"must be between 1 and {MAX_SAMPLES}", self.n)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(-2.0 <= value <= 2.0, name, "must be between -2 and 2", value)
+        _check(0.0 < self.repetition_penalty <= 2.0, "repetition_penalty", "must be above 0 and at most 2", self.repetition_penalty)
+        _check(0.0 <= self.temperature <= 2.0, "temperature", "must be between 0 and 2", self.temperature)
+        if 0.0 < self.temperature < 0.01:  # below it logits / temperature leaves the range of float32
+            self.temperature = 0.01
+        _check(0.0 < self.top_p <= 1.0, "top_p", "must be above 0 and at most 1", self.top_p)
+        _check(self.top_k >= -1, "top_k", "must be -1 or 0 (all), or at least 1", self.top_k)
+        _check(0.0 <= self.min_p <= 1.0, "min_p", "must be between 0 and 1", self.min_p)
+        if self.seed == -1:
+            self.seed = None
+        _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits", self.seed)
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
+        _check(self.min_tokens >= 0, "min_tokens", "must not be negative", self.min_tokens)
+        if self.max_tokens is not None:
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", f"must be at most max_tokens={self.max_tokens}", self.min_tokens)
+        _check(self.logprobs is None or self.logprobs >= -1, "logprobs", "must be -1 (all) or at least 0", self.logprobs)
+        _check(self.prompt_logprobs is None or self.prompt_logprobs >= -1, "prompt_logprobs", "must be -1 (all) or at least 0", self.prompt_logprobs)
+        keep = self.truncate_prompt_tokens
+        _check(keep is None or keep == -1 or keep >= 1, "truncate_prompt_tokens", "must be -1 or at least 1", keep)
+        _check(self.n == 1 or self.temperature > 0.0, "n", "must be 1 with temperature 0: all samples would be equal", self.n)
+
+    def _check_lists(self) -> None:
+        _check(all(isinstance(s, str) and s for s in self.stop or ()), "stop", "must not contain an empty string", self.stop)
+        _check(not self.stop or self.detokenize, "stop", "needs detokenize=True", self.stop)
+        _check(all(i >= 0 for i in self.stop_token_ids or ()), "stop_token_ids", "must not be negative", self.stop_token_ids)
+        _check(all(self.bad_words or ()), "bad_words", "must not contain an empty string", self.bad_words)
+        _check(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "must not be empty", self.allowed_token_ids)
+        if self.logit_bias:
+            _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"must have at most {MAX_LOGIT_BIAS} entries", len(self.logit_bias))
+            self.logit_bias = {int(k): min(100.0, max(-100.0, float(v))) for k, v in self.logit_bias.items()}
+
+    def clone(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed, checked again."""
+        return msgspec.structs.replace(self, **changes)
+
+
+def _check(ok: bool, param: str, rule: str, value: object) -> None:
+    if not ok or (isinstance(value, float) and not math.isfinite(value)):
+        raise InvalidRequest(f"`{param}` {rule}, got {value!r}", param=param)
+
+
+class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One generation as the engine core sees it: token ids in, resolved parameters, no text."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: list[int] = []
+    priority: int = 0  # lower is sooner; only under the priority policy
+    cache_salt: str = ""  # requests share cached blocks only with equal salts
+    arrival_time: float = 0.0  # seconds, the client's monotonic clock
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """One position: the chosen token first, then the most likely ones in order (the chosen one may appear again)."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int  # of the chosen token, 1 is the most likely
+
+
+class RequestMetrics(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Seconds on the core's monotonic clock; 0 where it has not happened."""
+
+    arrival_time: float = 0.0
+    queued_time: float = 0.0
+    scheduled_time: float = 0.0
+    first_token_time: float = 0.0
+    last_token_time: float = 0.0
+    num_preemptions: int = 0
+
+
+class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one step added to one sample of a request. The last one of a sample carries `finish_reason`, exactly once."""
+
+    request_id: str
+    index: int = 0  # which of the n samples
+    new_token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None  # one per new token
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # whole prompt, once, with the first output; first entry None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the token id or string that stopped it; None for eos
+    num_cached_tokens: int = 0
+    error: str | None = None
+    metrics: RequestMetrics | None = None  # with the last output
+
+
+class Logprob(msgspec.Struct):
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One sample. With DELTA outputs `text`, `token_ids` and `logprobs` hold only what is new."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """The answer to one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+
+
+class KvGroup(msgspec.Struct, frozen=True):
+    """Layers whose keys and values share one block table.
+
+    Groups have at most `ModelFacts.num_kv_planes` layers each, so that one pool of block ids serves all of them:
+    a block id names one block in every plane, and layer `layers[i]` of the group lives in plane i.
+    """
+
+    kind: Literal["full", "window"]
+    layers: tuple[int, ...]
+    window: int = 0  # tokens a query may see, itself included; 0 for full attention
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the core may know of a model: facts, never architecture names (those are for display)."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int  # as trained, before --max-model-len
+    num_layers: int
+    kv_groups: tuple[KvGroup, ...]
+    num_kv_planes: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # of the checkpoint: "float32", "bfloat16", "float16" or a GGUF type name
+    num_parameters: int = 0
