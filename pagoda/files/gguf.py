@@ -82,8 +82,7 @@ class _Reader:
         start = self.pos
         if nbytes > self.file.size - start:
             raise ModelFileError(
-                f"the header ends at byte {self.file.size}, inside a value; the download is incomplete, "
-                "fetch the file again",
+                f"the header ends at byte {self.file.size}, inside a value; the download is incomplete, fetch the file again",
                 path=self.file.path,
             )
         self.pos = start + nbytes

@@ -51,9 +51,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 class SafetensorsFile:
     """The tensors of one model, in one file or many. `metadata` is the first file's `__metadata__`."""
 
-    def __init__(
-        self, path: Path, metadata: dict[str, str], shards: list[MappedFile], tensors: dict[str, TensorInfo]
-    ) -> None:
+    def __init__(self, path: Path, metadata: dict[str, str], shards: list[MappedFile], tensors: dict[str, TensorInfo]) -> None:
         self.path = path
         self.metadata = metadata
         self.tensors = tensors
@@ -164,8 +162,7 @@ def _read_header(file: MappedFile, shard: int) -> tuple[dict[str, str], list[Ten
     (nbytes,) = struct.unpack_from("<Q", file.buffer, 0)
     if nbytes > min(file.size - 8, _MAX_HEADER_NBYTES):
         raise ModelFileError(
-            f"the header claims {nbytes} bytes, the file has {file.size}; it is incomplete or not safetensors, "
-            "fetch it again",
+            f"the header claims {nbytes} bytes, the file has {file.size}; it is incomplete or not safetensors, fetch it again",
             path=file.path,
         )
     header = _parse_json(file.path, file.buffer[8 : 8 + nbytes])

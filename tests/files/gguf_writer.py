@@ -46,9 +46,7 @@ def f32(array: np.ndarray) -> Tensor:
     return Tensor(TYPE_NUMBERS["F32"], array.shape, array.astype("<f4").tobytes())
 
 
-def gguf_bytes(
-    metadata: dict[str, Any], tensors: dict[str, Tensor], *, version: int = 3, alignment: int = 32
-) -> bytes:
+def gguf_bytes(metadata: dict[str, Any], tensors: dict[str, Tensor], *, version: int = 3, alignment: int = 32) -> bytes:
     """The bytes of a file. `metadata` may hold any value `value` knows."""
     header = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     for key, item in metadata.items():

@@ -160,9 +160,7 @@ GOOD = gguf_bytes(METADATA, TENSORS)
     edits=st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), max_size=4),
     length=st.one_of(st.just(len(GOOD)), st.integers(0, len(GOOD))),
 )
-def test_random_damage_raises_only_model_file_error(
-    tmp_path: Path, edits: list[tuple[int, int]], length: int
-) -> None:
+def test_random_damage_raises_only_model_file_error(tmp_path: Path, edits: list[tuple[int, int]], length: int) -> None:
     data = bytearray(GOOD)
     for position, byte in edits:
         data[position] = byte

@@ -114,8 +114,15 @@ def test_damage_is_named(tmp_path: Path, changes: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"abc", struct.pack("<Q", 2**63), struct.pack("<Q", 100) + b"{}", struct.pack("<Q", 2) + b"[]"]
-    + [struct.pack("<Q", 12) + b'{"a":1,"a":2', struct.pack("<Q", 60_000) + b"[" * 60_000],
+    [
+        b"",
+        b"abc",
+        struct.pack("<Q", 2**63),
+        struct.pack("<Q", 100) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 12) + b'{"a":1,"a":2',
+        struct.pack("<Q", 60000) + b"[" * 60000,
+    ],
 )
 def test_bad_headers(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(ModelFileError):
@@ -123,10 +130,10 @@ def test_bad_headers(tmp_path: Path, data: bytes) -> None:
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="no \\*.safetensors"):
+    with pytest.raises(ModelNotFound, match=r"no \*.safetensors"):
         read_safetensors(tmp_path)
     write(tmp_path / "pytorch_model.bin", b"x")
-    with pytest.raises(ModelNotFound, match="pickle.*convert them to safetensors"):
+    with pytest.raises(ModelNotFound, match=r"pickle.*convert them to safetensors"):
         read_safetensors(tmp_path)
 
 
@@ -138,9 +145,7 @@ GOOD = st_bytes(ARRAYS)
     edits=st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), max_size=4),
     length=st.one_of(st.just(len(GOOD)), st.integers(0, len(GOOD))),
 )
-def test_random_damage_raises_only_model_file_error(
-    tmp_path: Path, edits: list[tuple[int, int]], length: int
-) -> None:
+def test_random_damage_raises_only_model_file_error(tmp_path: Path, edits: list[tuple[int, int]], length: int) -> None:
     data = bytearray(GOOD)
     for position, byte in edits:
         data[position] = byte
