@@ -37,6 +37,7 @@ __all__ = [
     "RequestFailed",
     "Unauthorized",
     "UnsupportedModel",
+    "request_error",
 ]
 
 
@@ -117,3 +118,9 @@ class EngineDead(RequestError):
 class RequestFailed(RequestError):
     http_status = 500
     type = "InternalServerError"
+
+
+def request_error(name: str | None, message: str, param: str | None = None) -> RequestError:
+    """The RequestError of that class name, as it crossed a process boundary; RequestFailed for any other name."""
+    known: dict[str, type[RequestError]] = {cls.__name__: cls for cls in RequestError.__subclasses__()}
+    return known.get(name or "", RequestFailed)(message, param=param)

@@ -177,6 +177,8 @@ class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     stop_reason: int | str | None = None  # the token id or string that stopped it; None for eos
     num_cached_tokens: int = 0
     error: str | None = None
+    error_type: str | None = None  # class of `errors` the front raises; RequestFailed without one
+    error_param: str | None = None
     metrics: RequestMetrics | None = None  # with the last output
 
 

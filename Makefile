@@ -1,0 +1,59 @@
+# Pagoda: `make serve` and `make test` are the two commands; `make help` lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := hatch_build.py $(shell find pagoda/csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-long check wheel bench clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# The runtime alone: numpy and our native library, no torch. A minute, not gigabytes.
+$(VENV)/.runtime: pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+# What the tests compare with: torch and transformers, triton, the openai client. Never CUDA without a GPU.
+$(VENV)/.test: $(VENV)/.runtime scripts/install_torch.sh
+	sh scripts/install_torch.sh $(BIN)/python
+	$(PIP) install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.runtime
+	$(PIP) install --quiet --editable '.[lint]'
+	@touch $@
+
+setup: $(VENV)/.test $(VENV)/.lint ## install everything, the tests' and linters' needs included
+	$(BIN)/pagoda fetch
+
+serve: $(VENV)/.runtime ## serve the default model on http://127.0.0.1:8000 (ARGS="--port 9000" ...)
+	$(BIN)/pagoda serve $(ARGS)
+
+test: $(VENV)/.test ## run the test suite
+	$(BIN)/pagoda fetch --if-possible
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: $(VENV)/.test ## the tests that take minutes
+	$(BIN)/python -m pytest -m "long" $(ARGS)
+
+check: $(VENV)/.lint ## run the linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check . || true
+	$(BIN)/mypy pagoda/base pagoda/engine
+	$(BIN)/lint-imports
+
+wheel: $(VENV)/.runtime ## build one binary wheel with all instruction sets and test it where there is no compiler
+	sh scripts/build_wheel.sh $(BIN)/python
+
+bench: $(VENV)/.runtime ## throughput and latency of the default model on this machine
+	$(BIN)/pagoda bench throughput
+	$(BIN)/pagoda bench latency
+
+clean: ## remove what was built and installed
+	rm -rf $(VENV) build dist
+	find pagoda -name '*.so' -delete

@@ -1,0 +1,1 @@
+"""Floor 4: the one floor that knows both towers."""

@@ -1,0 +1,177 @@
+"""The one composition root: from a config to a running core.
+
+    resolve the path -> describe the model -> resolve the config -> load weights -> fit the KV cache -> record -> core
+
+`build_engine` makes what computes, `load_front` what reads and writes text; the API process needs only the second, the
+engine process only the first, an offline `LLM` both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from pagoda.base.config import EngineConfig
+from pagoda.base.hardware import HardwareFacts, read_hardware
+from pagoda.base.resolve import KvBudget, Reason, fit_kv_cache, resolve
+from pagoda.base.types import ModelFacts
+from pagoda.engine.core import EngineCore
+from pagoda.executor.front import Front, load_front
+from pagoda.executor.uniproc import UniprocExecutor
+from pagoda.files.hub import resolve as resolve_path
+from pagoda.kernels import table as kernel_table
+from pagoda.kernels.cpu import library
+from pagoda.models.catalog import ModelSource, build_model, describe
+from pagoda.models.decoder import Model
+from pagoda.worker.batch import BatchBuilder, Sizes
+from pagoda.worker.graphs import make_forward
+from pagoda.worker.kv_store import KvStore, block_nbytes
+from pagoda.worker.runner import Runner
+from pagoda.worker.table import RequestTable
+
+__all__ = ["Ledger", "LocalEngine", "build_engine", "describe_model"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where the memory went, and what fits. Bytes and seconds."""
+
+    architecture: str
+    num_parameters: int
+    formats: tuple[str, ...]
+    weights_nbytes: int
+    kv_nbytes: int
+    buffers_nbytes: int
+    num_blocks: int
+    block_size: int
+    num_kv_groups: int
+    max_model_len: int
+    mode: str
+    mode_why: str
+    kernels: str
+    load_seconds: float
+    reasons: tuple[Reason, ...] = field(default=())
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens whose keys and values fit, in every group."""
+        return (self.num_blocks - 1) // max(1, self.num_kv_groups) * self.block_size
+
+    @property
+    def max_concurrency(self) -> float:
+        """Full-length requests that fit at once."""
+        return self.num_kv_tokens / self.max_model_len
+
+    def lines(self) -> list[str]:
+        """The start-up report: choices and their reasons, then the memory ledger."""
+        mib = 2**20
+        rows = [f"  {r.name:<24}{r.value:<12}{r.why}" for r in self.reasons]
+        return [
+            f"{self.architecture}, {self.num_parameters / 1e6:.0f} M parameters as {', '.join(self.formats)}; loaded in {self.load_seconds:.2f} s",
+            "Chosen automatically:",
+            *rows,
+            f"  {'kernels':<24}{self.kernels:<12}",
+            f"  {'forward':<24}{self.mode:<12}{self.mode_why}",
+            "Memory:",
+            f"  weights   {self.weights_nbytes / mib:10.1f} MiB",
+            f"  KV cache  {self.kv_nbytes / mib:10.1f} MiB   {self.num_kv_tokens:,} tokens, {self.max_concurrency:.1f} requests of {self.max_model_len:,} tokens",
+            f"  buffers   {self.buffers_nbytes / mib:10.1f} MiB",
+        ]
+
+
+@dataclass
+class LocalEngine:
+    """A core and its worker in this process. Text comes in on first use."""
+
+    core: EngineCore
+    config: EngineConfig
+    facts: ModelFacts
+    ledger: Ledger
+    source: ModelSource
+    executor: UniprocExecutor
+
+    @cached_property
+    def front(self) -> Front:
+        return load_front(self.config, self.source.path)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.front.tokenizer
+
+    @property
+    def template(self) -> Any:
+        return self.front.template
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self.front.generation_config
+
+    def close(self) -> None:
+        self.executor.stop()
+
+
+def describe_model(config: EngineConfig) -> tuple[ModelSource, EngineConfig, tuple[Reason, ...], HardwareFacts]:
+    """Everything that can be known before weights are read: for `doctor`, and the first half of `build_engine`."""
+    m = config.model
+    path = resolve_path(m.model, revision=m.revision, token=m.hf_token, download_dir=m.download_dir)
+    source = describe(path, m)
+    hardware = read_hardware()
+    resolved = resolve(config, hardware, source.spec.facts())
+    return source, resolved.config, resolved.reasons, hardware
+
+
+def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> LocalEngine:
+    """Loads the model and composes the core. Raises ConfigError, ModelFileError, UnsupportedModel or OutOfMemory."""
+    started = time.perf_counter()
+    source, config, reasons, hardware = describe_model(config)
+    facts = source.spec.facts()
+    native = kernel_table.numpy_device() == "cpu"
+    if native:
+        library.configure(num_threads=config.device.num_threads, cpu_ids=hardware.cpu_ids)
+    wanted = config.model.max_model_len
+    model = build_model(
+        source,
+        dtype=config.model.dtype,
+        max_positions=facts.max_model_len if wanted == "auto" else int(wanted or 0),
+        load_format=config.model.load_format,
+        progress=progress,
+    )
+    budget = fit_kv_cache(
+        config, facts, read_hardware().memory_available,
+        block_nbytes(facts, dtype=config.cache.kv_cache_dtype, block_size=int(config.cache.block_size or 0)),
+    )  # fmt: skip
+    config = replace(config, model=replace(config.model, max_model_len=budget.max_model_len))
+    runner, buffers = _build_runner(config, facts, model, budget, native=native)
+    executor = UniprocExecutor(runner)
+    core = EngineCore(config, facts, budget.num_blocks, executor, max_logits_rows=runner.builder.sizes.max_rows)
+    mode, why = runner.mode
+    ledger = Ledger(
+        architecture=facts.architecture, num_parameters=facts.num_parameters, formats=tuple(sorted(model.formats)),
+        weights_nbytes=model.nbytes, kv_nbytes=budget.num_blocks * budget.bytes_per_block, buffers_nbytes=buffers,
+        num_blocks=budget.num_blocks, block_size=budget.block_size, num_kv_groups=len(facts.kv_groups),
+        max_model_len=budget.max_model_len, mode=mode, mode_why=why, kernels=library.default().isa if native else "reference",
+        load_seconds=time.perf_counter() - started, reasons=(*reasons, budget.reason),
+    )  # fmt: skip
+    return LocalEngine(core, config, facts, ledger, source, executor)
+
+
+def _build_runner(
+    config: EngineConfig, facts: ModelFacts, model: Model, budget: KvBudget, *, native: bool
+) -> tuple[Runner, int]:
+    """-> the runner and the bytes of its buffers."""
+    scheduler = config.scheduler
+    tokens, seqs = int(scheduler.max_num_batched_tokens or 0), int(scheduler.max_num_seqs or 0)
+    blocks = -(-budget.max_model_len // budget.block_size)
+    sizes = Sizes(max_tokens=tokens, max_seqs=min(seqs, tokens), max_rows=min(tokens, max(seqs, 64)), max_blocks=blocks)
+    store = KvStore(facts, dtype=config.cache.kv_cache_dtype, block_size=budget.block_size, num_blocks=budget.num_blocks)
+    builder = BatchBuilder(sizes, len(facts.kv_groups), budget.block_size)
+    table = RequestTable(
+        max_num_seqs=seqs, max_model_len=budget.max_model_len, num_groups=len(facts.kv_groups), max_blocks=blocks
+    )
+    forward = make_forward(model, builder, store, eager=config.device.enforce_eager, native=native)
+    return Runner(table, builder, forward, store), builder.nbytes + table.nbytes + forward.nbytes

@@ -1,0 +1,138 @@
+"""The one dense decoder: Llama, Mistral, Qwen and Gemma are specs of it.
+
+    x = embed(ids)                                   T tokens, D hidden, R rows that need logits, V vocabulary
+    for each block:
+        x = x + [norm](attention(norm(x)))
+        x = x + [norm](mlp(norm(x)))
+    logits = head(norm(x[rows]))
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pagoda.base.mesh import Mesh
+from pagoda.kernels import ops
+from pagoda.layers.attention import Attention, KvPlace
+from pagoda.layers.batch import Batch
+from pagoda.layers.embedding import VocabTable
+from pagoda.layers.mlp import Mlp
+from pagoda.layers.norm import RmsNorm
+from pagoda.layers.parameter import Slot
+from pagoda.layers.rope import Rope, RopeSpec
+from pagoda.models.spec import BlockSpec, ModelSpec, kv_places
+
+__all__ = ["Decoder", "Model"]
+
+
+class Model(Protocol):
+    """What the worker asks of a model."""
+
+    def slots(self) -> dict[str, Slot]:
+        """Canonical tensor name -> the place it goes."""
+
+    def finish(self) -> None:
+        """All tensors are loaded."""
+
+    def forward(self, batch: Batch, hidden_in: Any = None) -> Any:
+        """-> hidden_TD. `hidden_in` replaces the embedding on later pipeline stages."""
+
+    def logits(self, hidden_TD: Any, batch: Batch) -> Any:
+        """-> logits_RV of the rows the batch asks for."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def formats(self) -> set[str]: ...
+
+
+class _Block:
+    def __init__(self, spec: BlockSpec, model: ModelSpec, rope: Rope, place: KvPlace, dtype: str, mesh: Mesh) -> None:
+        def norm() -> RmsNorm:
+            return RmsNorm(model.hidden_size, model.norm_eps, plus_one=model.norm_plus_one)
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention_post_norm = norm() if spec.post_norms else None
+        self.mlp_post_norm = norm() if spec.post_norms else None
+        self.attention = Attention(
+            spec.attention, model.hidden_size, rope, place, eps=model.norm_eps, plus_one=model.norm_plus_one, dtype=dtype, mesh=mesh
+        )
+        self.mlp = Mlp(spec.mlp, model.hidden_size, dtype=dtype, mesh=mesh)
+
+    def slots(self, prefix: str) -> dict[str, Any]:
+        found = self.attention_norm.slots(f"{prefix}attention_norm") | self.mlp_norm.slots(f"{prefix}mlp_norm")
+        if self.attention_post_norm and self.mlp_post_norm:
+            found |= self.attention_post_norm.slots(f"{prefix}attention_post_norm")
+            found |= self.mlp_post_norm.slots(f"{prefix}mlp_post_norm")
+        return found | self.attention.slots(f"{prefix}attention.") | self.mlp.slots(f"{prefix}mlp.")
+
+    def __call__(self, x_TD: Any, batch: Batch) -> Any:
+        h_TD = self.attention_norm(x_TD)
+        if self.attention_post_norm is None:
+            x_TD = self.attention(h_TD, batch, residual=x_TD)
+        else:
+            x_TD = ops.add(x_TD, self.attention_post_norm(self.attention(h_TD, batch)))
+        h_TD = self.mlp_norm(x_TD)
+        if self.mlp_post_norm is None:
+            return self.mlp(h_TD, residual=x_TD)
+        return ops.add(x_TD, self.mlp_post_norm(self.mlp(h_TD)))
+
+    def linears(self) -> list[Any]:
+        return [self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down]
+
+
+class Decoder:
+    """`max_positions` bounds the rotary tables; `dtype` is that of weights the checkpoint does not quantize."""
+
+    def __init__(self, spec: ModelSpec, *, dtype: str, max_positions: int, mesh: Mesh | None = None) -> None:
+        mesh = mesh or Mesh()
+        assert mesh.pp.size == 1, "pipeline stages come with the communicators"
+        self.spec = spec
+        places = kv_places(spec.facts().kv_groups)
+        ropes: dict[RopeSpec, Rope] = {}
+        self._blocks = []
+        for i, block in enumerate(spec.blocks):
+            rope_spec = block.attention.rope
+            rope = ropes.setdefault(rope_spec, ropes.get(rope_spec) or Rope(rope_spec, max_positions, block.attention.head_dim))
+            self._blocks.append(_Block(block, spec, rope, places[i], dtype, mesh))
+        self._ropes = list(ropes.values())
+        self._embed = VocabTable(spec.vocab_size, spec.hidden_size, dtype=dtype)
+        self._head = self._embed if spec.tie_embeddings else VocabTable(spec.vocab_size, spec.hidden_size, dtype=dtype)
+        self._norm = RmsNorm(spec.hidden_size, spec.norm_eps, plus_one=spec.norm_plus_one)
+
+    def slots(self) -> dict[str, Slot]:
+        found = self._embed.slots("embed") | self._norm.slots("norm")
+        if self._head is not self._embed:
+            found |= self._head.slots("head")
+        for i, block in enumerate(self._blocks):
+            found |= block.slots(f"layers.{i}.")
+        return found
+
+    def finish(self) -> None:
+        for block in self._blocks:
+            for linear in block.linears():
+                linear.finish()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights and rotary tables."""
+        tables = self._embed.nbytes + (self._head.nbytes if self._head is not self._embed else 0)
+        return tables + sum(r.nbytes for r in self._ropes) + sum(linear.nbytes for b in self._blocks for linear in b.linears())
+
+    @property
+    def formats(self) -> set[str]:
+        """Packed formats in use, for the start-up report."""
+        return self._embed.formats | self._head.formats | {f for b in self._blocks for linear in b.linears() for f in linear.formats}
+
+    def forward(self, batch: Batch, hidden_in: Any = None) -> Any:
+        x_TD = self._embed.embed(batch.token_ids_T, scale=self.spec.embed_scale) if hidden_in is None else hidden_in
+        for block in self._blocks:
+            x_TD = block(x_TD, batch)
+        return x_TD
+
+    def logits(self, hidden_TD: Any, batch: Batch) -> Any:
+        logits_RV = self._head.project(self._norm(ops.gather_rows(hidden_TD, batch.logits_idx_R)))
+        if self.spec.logit_soft_cap:
+            logits_RV = ops.soft_cap(logits_RV, self.spec.logit_soft_cap, out=logits_RV)
+        return logits_RV

@@ -1,0 +1,137 @@
+"""Builds the step's batch in persistent arrays, so that a recorded program can hold their addresses.
+
+No loop over tokens: everything ragged is written with `repeat` and fancy indexing over the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagoda.base.plan import StepPlan
+from pagoda.layers.batch import Batch, GroupBatch
+from pagoda.worker.kv_store import KvStore
+from pagoda.worker.table import RequestTable
+
+__all__ = ["BatchBuilder", "Sizes", "StepRows"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Upper bounds of a step: tokens, sequences, logits rows, blocks of one sequence."""
+
+    max_tokens: int
+    max_seqs: int
+    max_rows: int
+    max_blocks: int
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What the sampler needs to know of a batch.
+
+    Logits rows of sequence s are [row_start[s], row_start[s + 1]); the last of them is sampled if `is_sampled[s]`,
+    the others score prompt tokens.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    num_rows: int
+    slots_S: np.ndarray
+    row_start_S1: np.ndarray
+    is_sampled_S: np.ndarray
+    first_position_S: np.ndarray  # position of the token at the sequence's first logits row
+
+
+class BatchBuilder:
+    def __init__(self, sizes: Sizes, num_groups: int, block_size: int) -> None:
+        self.sizes = sizes
+        self._block_size = block_size
+        t, s, r = sizes.max_tokens, sizes.max_seqs, sizes.max_rows
+        self.token_ids_T = np.zeros(t, np.int32)
+        self.positions_T = np.zeros(t, np.int32)
+        self.query_start_S1 = np.zeros(s + 1, np.int32)
+        self.seq_lens_S = np.zeros(s, np.int32)
+        self.logits_idx_R = np.zeros(r, np.int32)
+        self.tables_gSB = [np.zeros((s, sizes.max_blocks), np.int32) for _ in range(num_groups)]
+        self.slots_gT = [np.zeros(t, np.int64) for _ in range(num_groups)]
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [self.token_ids_T, self.positions_T, self.query_start_S1, self.seq_lens_S, self.logits_idx_R]
+        return sum(a.nbytes for a in [*arrays, *self.tables_gSB, *self.slots_gT])
+
+    def build(self, plan: StepPlan, table: RequestTable) -> StepRows:
+        """Fills the arrays from the plan and the table."""
+        rows = plan.scheduled
+        num_seqs = len(rows)
+        slots_S = np.array([row.slot for row in rows], np.int64)
+        start_S = np.array([row.num_computed for row in rows], np.int32)
+        planned_S = np.array([row.num_planned for row in rows], np.int32)
+        ends = np.cumsum(planned_S)
+        num_tokens = int(ends[-1])
+        assert num_tokens <= self.sizes.max_tokens and num_seqs <= self.sizes.max_seqs, "the plan passes the step's limits"
+
+        self.query_start_S1[1 : num_seqs + 1] = ends
+        self.seq_lens_S[:num_seqs] = start_S + planned_S
+        if num_tokens == num_seqs:
+            slot_T, positions_T = slots_S, start_S
+        else:
+            slot_T = np.repeat(slots_S, planned_S)
+            positions_T = np.arange(num_tokens, dtype=np.int32) + np.repeat(start_S - (ends - planned_S).astype(np.int32), planned_S)
+        self.positions_T[:num_tokens] = positions_T
+        self.token_ids_T[:num_tokens] = table.tokens_NL[slot_T, positions_T]
+        self._build_kv(table, slots_S, slot_T, positions_T, int(self.seq_lens_S[:num_seqs].max()))
+        return self._build_rows(table, slots_S, start_S, planned_S, ends)
+
+    def _build_kv(
+        self, table: RequestTable, slots_S: np.ndarray, slot_T: np.ndarray, positions_T: np.ndarray, longest: int
+    ) -> None:
+        width = -(-longest // self._block_size)
+        block_T, offset_T = np.divmod(positions_T, self._block_size)
+        for group, (out_SB, out_T) in enumerate(zip(self.tables_gSB, self.slots_gT, strict=True)):
+            ids_NB = table.tables_gNB[group]
+            out_SB[: len(slots_S), :width] = ids_NB[slots_S, :width]
+            out_T[: len(slot_T)] = ids_NB[slot_T, block_T].astype(np.int64) * self._block_size + offset_T
+
+    def _build_rows(
+        self, table: RequestTable, slots_S: np.ndarray, start_S: np.ndarray, planned_S: np.ndarray, ends: np.ndarray
+    ) -> StepRows:
+        num_seqs = len(slots_S)
+        is_sampled_S = start_S + planned_S == table.num_tokens_N[slots_S]
+        count_S = is_sampled_S.astype(np.int32)
+        for s, slot in enumerate(slots_S):
+            info = table.info(slot)
+            if info.params.prompt_logprobs is not None and start_S[s] < info.num_prompt_tokens:
+                count_S[s] = planned_S[s]
+        row_start_S1 = np.zeros(num_seqs + 1, np.int32)
+        np.cumsum(count_S, out=row_start_S1[1:])
+        num_rows = int(row_start_S1[-1])
+        assert num_rows <= self.sizes.max_rows, "the plan asks for more logits rows than there is room for"
+        first_row_S = ends.astype(np.int32) - count_S  # the rows wanted are a sequence's last ones
+        if num_rows == num_seqs and bool(is_sampled_S.all()):
+            self.logits_idx_R[:num_rows] = first_row_S
+        else:
+            inside = np.arange(num_rows, dtype=np.int32) - np.repeat(row_start_S1[:-1], count_S)
+            self.logits_idx_R[:num_rows] = np.repeat(first_row_S, count_S) + inside
+        return StepRows(
+            num_tokens=int(ends[-1]), num_seqs=num_seqs, num_rows=num_rows, slots_S=slots_S, row_start_S1=row_start_S1,
+            is_sampled_S=is_sampled_S, first_position_S=start_S + planned_S - count_S,
+        )  # fmt: skip
+
+    def whole(self, store: KvStore) -> Batch:
+        """The batch at its largest, for recording: every array at its persistent address."""
+        groups = tuple(GroupBatch(tables, slots) for tables, slots in zip(self.tables_gSB, self.slots_gT, strict=True))
+        return Batch(
+            self.token_ids_T, self.positions_T, self.query_start_S1, self.seq_lens_S, self.logits_idx_R, groups, store.planes
+        )
+
+    def view(self, rows: StepRows, store: KvStore) -> Batch:
+        """The batch of this step, for running op by op."""
+        t, s, r = rows.num_tokens, rows.num_seqs, rows.num_rows
+        groups = tuple(GroupBatch(tables[:s], slots[:t]) for tables, slots in zip(self.tables_gSB, self.slots_gT, strict=True))
+        return Batch(
+            self.token_ids_T[:t], self.positions_T[:t], self.query_start_S1[: s + 1], self.seq_lens_S[:s],
+            self.logits_idx_R[:r], groups, store.planes,
+        )  # fmt: skip
