@@ -5,8 +5,7 @@
     gpt2    byte-level BPE: the text is split by the expressions of `tokenizer.ggml.pre`, bytes are renamed to
             printable characters, merges are applied in the order of the file
     gemma4  BPE on raw text with spaces as U+2581 and `<0xXX>` tokens for what is not in the vocabulary
-    llama   sentencepiece BPE: the file has scores instead of merges; two neighbours merge when their join is a token,
-            best score first. That is BPE whose merges are all splits of each token into two tokens, ranked by its score
+    llama   sentencepiece BPE: the file has scores instead of merges, see `text/sentencepiece.py`
     bert    WordPiece; the file marks the start of a word by U+2581 where the original marks continuations by `##`
 
 Control, user-defined and unknown tokens (`tokenizer.ggml.token_type`) become added tokens, matched before all else.
@@ -18,16 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from pagoda.base.errors import ModelFileError
 from pagoda.files.gguf import GgufMetadata
 from pagoda.text.pre_tokenizers import PreTokenizer, find_pre_tokenizer
+from pagoda.text.sentencepiece import SPACE, TokenType, add_tokens, build_bpe, build_sentencepiece, spaced_decoder
 
 __all__ = ["GgufVocabulary", "build_gguf_tokenizer"]
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_SPACE = "\u2581"
 _PREFIX = "tokenizer.ggml."
 _ID_KEYS = {
     "bos": "bos_token_id",
@@ -87,6 +85,7 @@ def build_gguf_tokenizer(metadata: GgufMetadata) -> GgufVocabulary:
     tokens = metadata.get_strings(_PREFIX + "tokens")
     if not tokens:
         raise ModelFileError("the file has no vocabulary (`tokenizer.ggml.tokens`); use --tokenizer to name one")
+    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ModelFileError(f"{len(tokens) - len(vocab)} tokens of the vocabulary are there twice; the file is corrupt")
@@ -98,7 +97,8 @@ def build_gguf_tokenizer(metadata: GgufMetadata) -> GgufVocabulary:
     types = metadata.get_numbers(_PREFIX + "token_type")
     if types is not None and len(types) != len(tokens):
         raise ModelFileError(f"{len(types)} token types for {len(tokens)} tokens; the file is corrupt")
-    _add_tokens(parts.backend, tokens, types)
+    if types is not None:
+        add_tokens(parts.backend, tokens, types)
     _set_template(parts, metadata, tokens, ids)
     return GgufVocabulary(parts.backend, ids, _eos_ids(tokens, types, ids))
 
@@ -128,18 +128,11 @@ def _merges(metadata: GgufMetadata) -> list[tuple[str, str]]:
     return merges
 
 
-def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options: object) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelFileError(f"the merges do not fit the vocabulary ({error}); the file is corrupt") from error
-
-
 def _build_byte_level(metadata: GgufMetadata, vocab: dict[str, int], ids: dict[str, int]) -> _Parts:
     pre = find_pre_tokenizer(metadata.get_str(_PREFIX + "pre") or "default")
     if pre.raw:
         return _build_raw(metadata, vocab, pre)
-    backend = _bpe(vocab, _merges(metadata), ignore_merges=pre.ignore_merges)
+    backend = build_bpe(vocab, _merges(metadata), ignore_merges=pre.ignore_merges)
     if metadata.get_bool(_PREFIX + "add_space_prefix", False):
         backend.normalizer = normalizers.Prepend(" ")
     backend.pre_tokenizer = pre.build()
@@ -152,10 +145,10 @@ def _build_gemma4(metadata: GgufMetadata, vocab: dict[str, int], ids: dict[str, 
 
 
 def _build_raw(metadata: GgufMetadata, vocab: dict[str, int], pre: PreTokenizer) -> _Parts:
-    backend = _bpe(vocab, _merges(metadata), byte_fallback=True, fuse_unk=True)
-    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    backend = build_bpe(vocab, _merges(metadata), byte_fallback=True, fuse_unk=True)
+    backend.normalizer = normalizers.Replace(" ", SPACE)
     backend.pre_tokenizer = pre.build()
-    backend.decoder = _spaced_decoder(strip=False)
+    backend.decoder = spaced_decoder(strip=False)
     return _Parts(backend, pre.add_bos, pre.add_sep)
 
 
@@ -163,33 +156,9 @@ def _build_sentencepiece(metadata: GgufMetadata, vocab: dict[str, int], ids: dic
     scores = metadata.get_numbers(_PREFIX + "scores")
     if scores is None or len(scores) != len(vocab):
         raise ModelFileError("a sentencepiece vocabulary needs one score per token; the file is corrupt")
-    unk = list(vocab)[ids["unk"]] if ids.get("unk", len(vocab)) < len(vocab) else None
-    backend = _bpe(vocab, _merges_by_score(vocab, scores), byte_fallback=True, fuse_unk=True, unk_token=unk)
     has_prefix = metadata.get_bool(_PREFIX + "add_space_prefix", True)
-    replace = normalizers.Replace(" ", _SPACE)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if has_prefix else replace
-    backend.decoder = _spaced_decoder(strip=has_prefix)
-    return _Parts(backend, True, False)
-
-
-def _merges_by_score(vocab: dict[str, int], scores: np.ndarray) -> list[tuple[str, str]]:
-    """Every way to make a token from two, best token first; ways of one token in the order of its left part's id."""
-    merges: list[tuple[str, str]] = []
-    tokens = list(vocab)
-    for token_id in np.argsort(-scores, kind="stable").tolist():
-        token = tokens[token_id]
-        if len(token) == 2:
-            if token[0] in vocab and token[1] in vocab:
-                merges.append((token[0], token[1]))
-            continue
-        ways = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in vocab and token[at:] in vocab]
-        merges.extend(sorted(ways, key=lambda way: vocab[way[0]]) if len(ways) > 1 else ways)
-    return merges
-
-
-def _spaced_decoder(*, strip: bool) -> decoders.Decoder:
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
+    unk_token = list(vocab)[ids["unk"]]
+    return _Parts(build_sentencepiece(vocab, scores, unk_token=unk_token, has_prefix=has_prefix), True, False)
 
 
 def _build_wordpiece(metadata: GgufMetadata, vocab: dict[str, int], ids: dict[str, int]) -> _Parts:
@@ -207,7 +176,7 @@ def _build_wordpiece(metadata: GgufMetadata, vocab: dict[str, int], ids: dict[st
 
 
 def _as_wordpiece(token: str) -> str:
-    if token.startswith(_SPACE):
+    if token.startswith(SPACE):
         return token[1:]
     return token if token.startswith("[") and token.endswith("]") else "##" + token
 
@@ -218,16 +187,6 @@ _BUILDERS = {
     "gemma4": _build_gemma4,
     "bert": _build_wordpiece,
 }
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: np.ndarray | None) -> None:
-    """Mark the tokens that are matched in the text before splitting it; control and unknown ones are special."""
-    if types is None:
-        return
-    special = np.flatnonzero((types == _CONTROL) | (types == _UNKNOWN)).tolist()
-    plain = np.flatnonzero(types == _USER_DEFINED).tolist()
-    backend.add_special_tokens([AddedToken(tokens[i], normalized=False, special=True) for i in special if tokens[i]])
-    backend.add_tokens([AddedToken(tokens[i], normalized=False, special=False) for i in plain if tokens[i]])
 
 
 def _set_template(parts: _Parts, metadata: GgufMetadata, tokens: list[str], ids: dict[str, int]) -> None:
@@ -251,7 +210,7 @@ def _eos_ids(tokens: list[str], types: np.ndarray | None, ids: dict[str, int]) -
     Models with several ways to end (a turn, a message, the text) name only one of them in the file.
     """
     found = [ids[role] for role in ("eos", "eot", "eom") if role in ids]
-    control = [] if types is None else np.flatnonzero(types == _CONTROL).tolist()
+    control = [] if types is None else np.flatnonzero(types == TokenType.CONTROL).tolist()
     found += [token_id for token_id in control if tokens[token_id] in _TURN_ENDS]
     names = {tokens[token_id] for token_id in found}
     if {"<|return|>", "<|call|>"} <= names:  # there `<|end|>` only ends a message
