@@ -6,7 +6,7 @@ from typing import Any
 
 from pagoda.kernels import ops
 from pagoda.kernels.weight import Weight
-from pagoda.layers.parameter import check_shape
+from pagoda.loader.slot import check_shape
 from pagoda.loader.tensor import SourceTensor
 from pagoda.quant.scheme import Scheme, scheme_for
 

@@ -13,7 +13,8 @@ import numpy as np
 from pagoda.base.mesh import Mesh
 from pagoda.kernels import ops
 from pagoda.kernels.weight import Weight
-from pagoda.layers.parameter import Vector, check_shape
+from pagoda.layers.parameter import Vector
+from pagoda.loader.slot import check_shape
 from pagoda.loader.tensor import SourceTensor
 from pagoda.quant.scheme import Scheme, scheme_for
 

@@ -1,34 +1,13 @@
-"""The places weights go: named slots that a loader fills and that say what is missing."""
+"""Small parameters that every kind of layer has."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
-from pagoda.base.errors import ModelFileError
+from pagoda.loader.slot import check_shape
 from pagoda.loader.tensor import SourceTensor
 
-__all__ = ["Slot", "Vector"]
-
-
-class Slot(Protocol):
-    """One tensor of a checkpoint. `load` may keep a view of the source until its layer is complete."""
-
-    def load(self, source: SourceTensor) -> None: ...
-
-    @property
-    def is_loaded(self) -> bool: ...
-
-    @property
-    def is_packed(self) -> bool:
-        """No view of the source is held any more: its pages may go."""
-
-    @property
-    def is_optional(self) -> bool: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+__all__ = ["Vector"]
 
 
 class Vector:
@@ -51,12 +30,3 @@ class Vector:
         if self._plus_one:
             self.array += 1.0
         self.is_loaded = True
-
-
-def check_shape(source: SourceTensor, expected: tuple[int, ...]) -> None:
-    """ModelFileError when a file's tensor is not of the shape the model's config asks for."""
-    if tuple(source.shape) != expected:
-        raise ModelFileError(
-            f"has shape {tuple(source.shape)}, but the model's config asks for {expected}; the file and its config do not belong together",
-            tensor=source.name,
-        )

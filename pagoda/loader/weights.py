@@ -12,7 +12,7 @@ import numpy as np
 from pagoda.base.errors import ModelFileError
 from pagoda.files.gguf import GgufFile
 from pagoda.files.safetensors import SafetensorsFile
-from pagoda.layers.parameter import Slot
+from pagoda.loader.slot import Slot
 from pagoda.loader.names import NameMap
 from pagoda.loader.tensor import SourceTensor
 

@@ -18,7 +18,7 @@ from pagoda.layers.batch import Batch
 from pagoda.layers.embedding import VocabTable
 from pagoda.layers.mlp import Mlp
 from pagoda.layers.norm import RmsNorm
-from pagoda.layers.parameter import Slot
+from pagoda.loader.slot import Slot
 from pagoda.layers.rope import Rope, RopeSpec
 from pagoda.models.spec import BlockSpec, ModelSpec, kv_places
 
