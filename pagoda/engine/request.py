@@ -1,0 +1,181 @@
+"""One sample of one request, from arrival to its single terminal event.
+
+                 enqueue             admit
+        NEW ---------------> WAITING -------> RUNNING ------------+
+         (core.add)            ^  |             |                 |
+                               |  |             | preempt         | finish
+                               |  | finish      v                 v
+                               |  +---------> FINISHED <----------+
+                               |                ^
+                               +-- PREEMPTED ---+ finish
+                        requeue
+
+    NEW        validated, in no queue
+    WAITING    owns no block and no slot; computed = 0
+    RUNNING    owns a slot and the blocks of all its known tokens
+    PREEMPTED  passing state inside `Scheduler.preempt`: everything given back, tokens kept, then WAITING again
+    FINISHED   owns nothing; its terminal output exists
+
+There are no phases. Three counts say everything, in the same unit, tokens from the start of the sequence:
+
+    num_tokens_total     known: prompt and what was generated
+    num_tokens_computed  their keys and values are in the cache, by steps that have settled
+    num_tokens_planned   being computed by steps in flight
+
+A step may compute `total - computed - planned` more; the one that reaches the last known token samples the next.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from pagoda.base.hashing import BlockHash, chain_hash
+from pagoda.base.types import EngineOutput, FinishReason, RequestMetrics, SamplingParams, TokenLogprobs
+
+__all__ = ["Request", "RequestState"]
+
+
+class RequestState(enum.Enum):
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class Request:
+    """State of one sample. Written by the scheduler, the KV manager and the core only."""
+
+    __slots__ = (
+        "awaited_hash",
+        "block_hashes",
+        "block_tables",
+        "eos_token_ids",
+        "hash_root",
+        "index",
+        "key",
+        "max_tokens_total",
+        "metrics",
+        "num_blocks_committed",
+        "num_blocks_slid",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_tokens_cached",
+        "num_tokens_computed",
+        "num_tokens_planned",
+        "params",
+        "priority",
+        "prompt_logprobs",
+        "request_id",
+        "sequence",
+        "slot",
+        "state",
+        "stop_token_ids",
+        "token_ids",
+        "wants_prompt_logprobs",
+    )
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        index: int,
+        sequence: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        eos_token_ids: list[int],
+        max_tokens_total: int,
+        priority: int = 0,
+        hash_root: BlockHash | None = None,
+        arrival_time: float = 0.0,
+    ) -> None:
+        self.request_id = request_id  # the client's, shared by the n samples
+        self.index = index
+        self.sequence = sequence  # order of arrival, unique
+        self.priority = priority
+        self.key: tuple[int, ...] = ()  # place among others, set by the policy
+        self.params = params  # of this sample: n = 1, seed set
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.max_tokens_total = max_tokens_total  # where LENGTH stops it
+        self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
+        self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        self.state = RequestState.NEW
+        self.num_tokens_computed = 0
+        self.num_tokens_planned = 0
+        self.num_tokens_cached = -1  # found in the prefix cache at first admission; -1 before it
+        self.num_preemptions = 0
+        self.slot: int | None = None
+        self.block_tables: list[list[int]] = []  # per KV group; null where a window has passed
+        self.num_blocks_slid: list[int] = []  # per KV group: leading entries that are null
+        self.num_blocks_committed = 0  # full blocks offered to the prefix index
+        self.hash_root = hash_root  # None: its blocks are never hashed
+        self.block_hashes: list[BlockHash] = []
+        self.awaited_hash: BlockHash | None = None  # a block another request is computing for both
+        self.wants_prompt_logprobs = params.prompt_logprobs is not None  # until delivered
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.metrics = RequestMetrics(arrival_time=arrival_time)
+
+    @property
+    def num_tokens_total(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    @property
+    def worker_id(self) -> str:
+        """The name in plans and logs."""
+        return self.request_id if self.index == 0 else f"{self.request_id}#{self.index}"
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """What min_tokens forbids, in a fixed order."""
+        return sorted(self.eos_token_ids | self.stop_token_ids)
+
+    def block_hash(self, index: int, block_size: int) -> BlockHash:
+        """Hash of full block `index`, computed once. The request must have a `hash_root`."""
+        hashes = self.block_hashes
+        while len(hashes) <= index:
+            assert self.hash_root is not None
+            parent = hashes[-1] if hashes else self.hash_root
+            begin = len(hashes) * block_size
+            hashes.append(chain_hash(parent, self.token_ids[begin : begin + block_size]))
+        return hashes[index]
+
+    def check_stop(self, token_id: int) -> tuple[FinishReason, int | None] | None:
+        """Whether the token just appended ends the sample: eos, then stop token ids, then length. Returns (reason, stop_reason)."""
+        num_output = len(self.token_ids) - self.num_prompt_tokens
+        if num_output >= self.params.min_tokens:
+            if token_id in self.eos_token_ids:
+                return FinishReason.STOP, None
+            if token_id in self.stop_token_ids:
+                return FinishReason.STOP, token_id
+        if len(self.token_ids) >= self.max_tokens_total:
+            return FinishReason.LENGTH, None
+        return None
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """The whole prompt's, the first time it is asked for after the prompt was computed; None from then on."""
+        if not self.wants_prompt_logprobs:
+            return None
+        self.wants_prompt_logprobs = False
+        delivered: list[TokenLogprobs | None] = [None, *self.prompt_logprobs]
+        self.prompt_logprobs = []
+        return delivered
+
+    def terminal(self, reason: FinishReason, error: str | None = None) -> EngineOutput:
+        """The last output of a sample that ends without a token."""
+        return EngineOutput(
+            request_id=self.request_id,
+            index=self.index,
+            finish_reason=reason,
+            num_cached_tokens=max(0, self.num_tokens_cached),
+            error=error,
+            metrics=self.metrics,
+        )
