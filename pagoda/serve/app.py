@@ -1,0 +1,161 @@
+"""The list of routes, and the ASGI application made of it.
+
+A route is one row of `routes()`: path, methods, endpoint, and the structs that /openapi.json is generated from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pagoda.base import env
+from pagoda.base.errors import PagodaError
+from pagoda.serve import health, openai_chat, openai_completions, tokenize
+from pagoda.serve.auth import BearerAuth
+from pagoda.serve.context import ModelContext, ServerState
+from pagoda.serve.errors import on_exception
+from pagoda.serve.generation import GenerateEndpoint, read_json_body
+from pagoda.serve.openai_models import ModelCard, ModelList, list_models, retrieve_model
+from pagoda.serve.schema import RouteDoc, openapi
+
+__all__ = ["Row", "build_app", "routes"]
+
+_GENERATE_ERRORS = (400, 401, 404, 413, 500, 503)
+_TEXT = "text/plain"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One route: its endpoint (a function of a request, or an ASGI object) and its documentation."""
+
+    doc: RouteDoc
+    endpoint: Any
+
+
+def routes(state: ServerState) -> list[Row]:
+    """Every route of the server. Adding a protocol is adding a row."""
+    probes = [
+        ("/health", ("GET",), health.health, "200 while the engine's loop makes progress", (503,)),
+        ("/ping", ("GET", "POST"), health.health, "as /health", (503,)),
+        ("/ready", ("GET",), health.ready, "200 while new requests are welcome", (503,)),
+        ("/version", ("GET",), health.version, "version of the server", ()),
+        ("/load", ("GET",), health.load, "requests being answered now", ()),
+    ]
+    rows = [Row(RouteDoc(path=path, methods=methods, summary=text, errors=errors), call) for path, methods, call, text, errors in probes]
+    rows += [
+        Row(RouteDoc(path="/metrics", methods=("GET",), summary="Prometheus figures", media_type=_TEXT), health.metrics),
+        Row(RouteDoc(path="/v1/models", methods=("GET",), summary="models served", response=ModelList, errors=(401, 503)), _models),
+        Row(RouteDoc(path="/v1/models/{model}", methods=("GET",), summary="one model", response=ModelCard, errors=(401, 404, 503)), _model),
+        Row(
+            RouteDoc(
+                path="/v1/chat/completions",
+                methods=("POST",),
+                summary="OpenAI chat completion, streamed or whole",
+                request=openai_chat.ChatCompletionRequest,
+                response=openai_chat.ChatCompletion,
+                stream_event=openai_chat.ChatCompletionChunk,
+                errors=_GENERATE_ERRORS,
+            ),
+            GenerateEndpoint(state, openai_chat.parse),
+        ),
+        Row(
+            RouteDoc(
+                path="/v1/completions",
+                methods=("POST",),
+                summary="OpenAI text completion, streamed or whole",
+                request=openai_completions.CompletionRequest,
+                response=openai_completions.Completion,
+                stream_event=openai_completions.Completion,
+                errors=_GENERATE_ERRORS,
+            ),
+            GenerateEndpoint(state, openai_completions.parse),
+        ),
+        Row(
+            RouteDoc(
+                path="/tokenize",
+                methods=("POST",),
+                summary="text or chat to token ids",
+                request=tokenize.TokenizeRequest,
+                response=tokenize.TokenizeResponse,
+                errors=(400, 401, 404, 413, 503),
+            ),
+            _text_endpoint(tokenize.tokenize),
+        ),
+        Row(
+            RouteDoc(
+                path="/detokenize",
+                methods=("POST",),
+                summary="token ids to text",
+                request=tokenize.DetokenizeRequest,
+                response=tokenize.DetokenizeResponse,
+                errors=(400, 401, 404, 413, 503),
+            ),
+            _text_endpoint(tokenize.detokenize),
+        ),
+        Row(RouteDoc(path="/openapi.json", methods=("GET",), summary="this document", errors=(401,)), _openapi),
+    ]
+    return rows
+
+
+def build_app(state: ServerState) -> Starlette:
+    """The ASGI application over `state`, which may become ready later."""
+    rows = routes(state)
+    keys = [key for key in (*state.config.api_key, env.api_key()) if key]
+    app = Starlette(
+        routes=[_route(row) for row in rows],
+        middleware=[Middleware(BearerAuth, keys=keys)] if keys else [],
+        exception_handlers={HTTPException: on_exception, PagodaError: on_exception, Exception: on_exception},
+    )
+    app.router.redirect_slashes = False
+    app.state.server = state
+    app.state.openapi = None
+    app.state.docs = [row.doc for row in rows]
+    return app
+
+
+def _route(row: Row) -> Route:
+    path = row.doc.path.replace("{model}", "{model:path}")  # hub ids have a slash
+    return Route(path, row.endpoint, methods=list(row.doc.methods))
+
+
+def _json(body: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def _models(request: Request) -> Response:
+    context, _ = health.state_of(request).get()
+    return _json(list_models(context))
+
+
+async def _model(request: Request) -> Response:
+    context, _ = health.state_of(request).get()
+    return _json(retrieve_model(request.path_params["model"], context))
+
+
+async def _openapi(request: Request) -> Response:
+    state = request.app.state
+    if state.openapi is None:
+        state.openapi = openapi(state.docs)
+    return JSONResponse(state.openapi)
+
+
+def _text_endpoint(work: Callable[[bytes, ModelContext], msgspec.Struct]) -> Callable[[Request], Any]:
+    """An endpoint that needs the tokenizer but not the engine; the work runs off the event loop."""
+
+    async def endpoint(request: Request) -> Response:
+        state = health.state_of(request)
+        context, _ = state.get()
+        raw = await read_json_body(request.headers, request.receive, state.config.max_request_body_bytes)
+        return _json(await asyncio.get_running_loop().run_in_executor(state.pool, work, raw, context))
+
+    return endpoint

@@ -1,0 +1,143 @@
+"""What routes share: the model as parsers see it, and the server's state from loading to draining.
+
+    LOADING --ready()--> SERVING --drain()--> DRAINING --> process ends
+       \\--fail()--> FAILED            (the engine dying shows in check_engine(), whatever the state)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pagoda.base.config import ServerConfig
+from pagoda.base.errors import EngineDead, NotFound
+from pagoda.base.types import RequestOutput, SamplingParams
+from pagoda.serve.metrics import ServerMetrics
+
+__all__ = ["ChatTemplateLike", "ModelContext", "ServerState", "ServingEngine", "TokenizerLike"]
+
+_TEXT_THREADS = 2  # templating and tokenizing; more would only take cores from the kernels
+
+
+class TokenizerLike(Protocol):
+    """The part of `text.tokenizer.Tokenizer` that protocols use."""
+
+    vocab_size: int
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_str(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class ChatTemplateLike(Protocol):
+    """The part of `text.template.ChatTemplate` that protocols use."""
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str: ...
+
+
+class ServingEngine(Protocol):
+    """The part of `api.async_engine.AsyncEngine` that the server drives."""
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, priority: int = 0, cache_salt: str = ""
+    ) -> AsyncGenerator[RequestOutput, None]: ...
+
+    async def abort(self, request_id: str) -> None: ...
+
+    async def check_health(self) -> None:
+        """Raises EngineDead when the loop is dead or makes no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelContext:
+    """All a parser may know: pure data and text tools, no engine."""
+
+    model_names: tuple[str, ...]  # the first is reported back
+    model_path: str
+    max_model_len: int
+    max_logprobs: int
+    tokenizer: TokenizerLike
+    template: ChatTemplateLike | None
+    default_params: dict[str, Any] = field(default_factory=dict)  # the server's sampling defaults
+    response_role: str = "assistant"
+    created: int = 0  # seconds since 1970, shown by /v1/models
+
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound unless `name` is one of ours, or not given."""
+        if name is not None and name not in self.model_names:
+            known = ", ".join(f"`{n}`" for n in self.model_names)
+            raise NotFound(f"the model `{name}` does not exist; this server has {known}", param="model", code="model_not_found")
+
+
+class ServerState:
+    """One per server; routes get it by reference."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.metrics = ServerMetrics()
+        self.pool = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="pagoda-text")
+        self.active: set[str] = set()  # engine request ids in flight
+        self.failure: str | None = None
+        self.is_draining = False
+        self._context: ModelContext | None = None
+        self._engine: ServingEngine | None = None
+        self._serial = itertools.count()
+
+    def ready(self, context: ModelContext, engine: ServingEngine) -> None:
+        """The model is loaded: requests are taken from now on."""
+        self._context, self._engine = context, engine
+        self.metrics.set_model(context.model_names[0], context.max_model_len)
+
+    def fail(self, why: str) -> None:
+        """Loading failed: every request is answered with `why`."""
+        self.failure = why
+
+    def drain(self) -> None:
+        """No new requests from now on; those in flight go on."""
+        self.is_draining = True
+
+    def get(self) -> tuple[ModelContext, ServingEngine]:
+        """Model and engine, or EngineDead (503) while loading, after a failure, and while draining."""
+        if self.is_draining:
+            raise EngineDead("the server is shutting down", code="shutting_down")
+        return self._loaded()
+
+    def _loaded(self) -> tuple[ModelContext, ServingEngine]:
+        if self.failure is not None:
+            raise EngineDead(f"the engine did not start: {self.failure}", code="engine_failed")
+        if self._context is None or self._engine is None:
+            raise EngineDead("the model is still loading", code="loading")
+        return self._context, self._engine
+
+    async def check_engine(self) -> None:
+        """Raises EngineDead unless the engine is loaded and its loop makes progress. Draining is healthy."""
+        _, engine = self._loaded()
+        await engine.check_health()
+
+    def engine_request_id(self, response_id: str, prompt_idx: int) -> str:
+        """Unique even when a client sends the same X-Request-Id twice."""
+        return f"{response_id}-{prompt_idx}-{next(self._serial)}"
+
+    async def abort_all(self) -> None:
+        """End everything in flight: each request gets its terminal event."""
+        if self._engine is not None:
+            for request_id in sorted(self.active):
+                await self._engine.abort(request_id)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,82 @@
+"""Any exception -> OpenAI's error body. Nothing a client sends ends in a 422 or a traceback.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagoda.base.errors import InvalidRequest, PagodaError, RequestError
+
+__all__ = ["ErrorBody", "ErrorInfo", "describe", "error_response", "from_msgspec", "on_exception"]
+
+_LONGEST_MESSAGE = 1000  # characters; a client's own megabyte is not sent back to it
+_AT = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
+
+
+class ErrorInfo(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | int | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorInfo
+
+
+def describe(exc: BaseException) -> tuple[int, ErrorBody]:
+    """HTTP status and body of an exception; what is not a PagodaError says nothing about our insides."""
+    if isinstance(exc, HTTPException):
+        return exc.status_code, ErrorBody(_http_info(exc))
+    if not isinstance(exc, PagodaError):
+        return 500, ErrorBody(ErrorInfo("internal error; the server's log has the details", "InternalServerError", None, 500))
+    message = exc.message if len(exc.message) <= _LONGEST_MESSAGE else exc.message[:_LONGEST_MESSAGE] + "..."
+    param, code = (exc.param, exc.code) if isinstance(exc, RequestError) else (None, None)
+    return exc.http_status, ErrorBody(ErrorInfo(message, exc.type, param, code or exc.http_status))
+
+
+def _http_info(exc: HTTPException) -> ErrorInfo:
+    if exc.status_code == 404:
+        return ErrorInfo("no such route; see /openapi.json for the list", "NotFoundError", None, "route_not_found")
+    if exc.status_code == 405:
+        return ErrorInfo("this route does not take that method; see /openapi.json", "MethodNotAllowedError", None, "method_not_allowed")
+    return ErrorInfo(str(exc.detail), "HTTPError", None, exc.status_code)
+
+
+def error_response(exc: BaseException) -> Response:
+    """The answer that tells a client about `exc`."""
+    status, body = describe(exc)
+    headers = dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
+    if status == 503:
+        headers["Retry-After"] = "1"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status == 413:
+        headers["Connection"] = "close"
+    return Response(msgspec.json.encode(body), status_code=status, headers=headers, media_type="application/json")
+
+
+def from_msgspec(exc: Exception) -> InvalidRequest:
+    """A decoding failure as a 400 whose `param` is the path inside the body (`messages[0].role`)."""
+    text = str(exc)
+    if isinstance(exc, msgspec.ValidationError):
+        found = _AT.search(text)
+        path = found.group(1) if found else ""
+        rule = _AT.sub("", text)
+        rule = rule[:1].lower() + rule[1:]
+        return InvalidRequest(f"`{path}`: {rule}" if path else f"the request body is wrong: {rule}", param=path or None)
+    if isinstance(exc, RecursionError):
+        text = "nested too deeply"
+    return InvalidRequest(f"the request body is not valid JSON: {text}", code="invalid_json")
+
+
+async def on_exception(request: Request, exc: Exception) -> Response:
+    """Starlette's handler for every kind of exception."""
+    return error_response(exc)

@@ -1,0 +1,269 @@
+"""The one handler of all generating protocols: body -> parse -> engine -> render.
+
+A protocol is a pure `parse(raw, headers_id, context) -> Call` and a `Renderer`; nothing here knows OpenAI. Whatever happens, the
+client gets exactly one end (whole answer, HTTP error, or the last events of a stream), and a client that leaves
+takes its requests out of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from pagoda.base.errors import InvalidRequest, PayloadTooLarge, RequestFailed
+from pagoda.base.log import get_logger
+from pagoda.base.types import RequestOutput, SamplingParams
+from pagoda.serve.context import ModelContext, ServerState, ServingEngine
+from pagoda.serve.errors import describe
+from pagoda.serve.sse import DONE, event
+
+__all__ = ["Call", "GenerateEndpoint", "Renderer", "read_json_body"]
+
+logger = get_logger("serve")
+
+_DRAIN_FACTOR = 4  # a refused body is read up to so many times the limit, so that the client reads our answer
+_DRAIN_SECONDS = 5.0
+
+
+class Renderer(Protocol):
+    """Events of one call -> bytes of its protocol. `prompt_idx` counts the prompts of the call."""
+
+    def whole(self, outputs: list[RequestOutput]) -> bytes:
+        """The body of a call that does not stream; one final output per prompt."""
+
+    def opening(self) -> bytes:
+        """What a stream says before its first delta."""
+
+    def delta(self, prompt_idx: int, output: RequestOutput) -> bytes:
+        """Events for what is new; empty when there is nothing to say."""
+
+    def closing(self) -> bytes:
+        """What a stream says after everything went well."""
+
+
+@dataclass(kw_only=True)
+class Call:
+    """A parsed request: what the engine shall do and how to tell about it."""
+
+    response_id: str
+    prompts: list[dict[str, Any]]  # {"prompt_token_ids": [...], "prompt": str | None}
+    params: SamplingParams
+    renderer: Renderer
+    stream: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+Parse = Callable[[bytes, str | None, ModelContext], Call]
+
+
+class GenerateEndpoint:
+    """ASGI endpoint of one protocol."""
+
+    def __init__(self, state: ServerState, parse: Parse) -> None:
+        self._state, self._parse = state, parse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = self._state
+        context, engine = state.get()
+        headers = Headers(scope=scope)
+        raw = await read_json_body(headers, receive, state.config.max_request_body_bytes)
+        loop = asyncio.get_running_loop()
+        given_id = _given_id(headers)
+        call = await loop.run_in_executor(state.pool, self._parse, raw, given_id, context)
+        if state.config.enable_log_requests:
+            lengths = [len(p["prompt_token_ids"]) for p in call.prompts]
+            logger.info("request %s: prompt tokens %s, %s", call.response_id, lengths, call.params)
+        answer_headers = [(b"x-request-id", (given_id or call.response_id).encode("ascii", "replace"))]
+        if call.warnings:
+            answer_headers.append((b"x-pagoda-warning", "; ".join(call.warnings)[:1000].encode("ascii", "replace")))
+        state.metrics.server_load += 1
+        try:
+            async with _cancelled_by_disconnect(receive):
+                if call.stream:
+                    await self._stream(call, engine, send, answer_headers)
+                else:
+                    await self._answer(call, engine, send, answer_headers)
+        finally:
+            state.metrics.server_load -= 1
+
+    async def _answer(self, call: Call, engine: ServingEngine, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        finals: dict[int, RequestOutput] = {}
+        async with aclosing(self._outputs(call, engine)) as outputs:
+            async for prompt_idx, output in outputs:
+                finals[prompt_idx] = output
+        if len(finals) < len(call.prompts):
+            raise RequestFailed("the engine ended this request without an answer")
+        body = call.renderer.whole([finals[i] for i in range(len(call.prompts))])
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *headers]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, call: Call, engine: ServingEngine, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        """Headers wait for the first output, so that an error before it is a plain HTTP error."""
+        renderer = call.renderer
+        async with aclosing(self._outputs(call, engine)) as outputs:
+            prompt_idx, output = await anext(outputs)
+            await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, *headers]})
+            try:
+                await send(_part(renderer.opening() + renderer.delta(prompt_idx, output)))
+                async for prompt_idx, output in outputs:
+                    if chunk := renderer.delta(prompt_idx, output):
+                        await send(_part(chunk))
+                tail = renderer.closing()
+            except Exception as exc:
+                status, body = describe(exc)
+                if status == 500:
+                    logger.error("request %s failed: %r", call.response_id, exc)
+                tail = event(body) + DONE
+        await send({"type": "http.response.body", "body": tail})
+
+    async def _outputs(self, call: Call, engine: ServingEngine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Outputs of all prompts as they come. Closing the iterator aborts what still runs."""
+        streams = [self._one(call, engine, i) for i in range(len(call.prompts))]
+        source = streams[0] if len(streams) == 1 else _merge(streams)
+        async with aclosing(source):
+            async for item in source:
+                yield item
+
+    async def _one(self, call: Call, engine: ServingEngine, prompt_idx: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        state = self._state
+        request_id = state.engine_request_id(call.response_id, prompt_idx)
+        watch = state.metrics.watch_request(call.params, time.monotonic())
+        outputs = engine.generate(call.prompts[prompt_idx], call.params, request_id, priority=call.priority, cache_salt=call.cache_salt)
+        state.active.add(request_id)
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    watch.saw(output)
+                    if any(sample.finish_reason == "error" for sample in output.outputs):
+                        raise RequestFailed("the engine could not finish this request")
+                    yield prompt_idx, output
+        finally:
+            state.active.discard(request_id)
+            watch.ended()
+
+
+async def _merge(streams: list[AsyncGenerator[tuple[int, RequestOutput], None]]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Items of all streams as they come; the first error ends them all."""
+    queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[tuple[int, RequestOutput], None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as exc:
+            queue.put_nowait(exc)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def _part(chunk: bytes) -> Message:
+    return {"type": "http.response.body", "body": chunk, "more_body": True}
+
+
+def _given_id(headers: Headers) -> str | None:
+    given = headers.get("x-request-id")
+    if given is not None and not (1 <= len(given) <= 256 and given.isascii() and given.isprintable()):
+        raise InvalidRequest("`X-Request-Id` must have 1 to 256 printable ASCII characters", param="X-Request-Id")
+    return given
+
+
+@asynccontextmanager
+async def _cancelled_by_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the body of the `async with` when the client goes away, and end quietly then: nobody is left to answer."""
+    task = asyncio.current_task()
+    assert task is not None
+    is_gone = False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+        watcher.cancel()
+        if is_gone:  # cancelled after the last await of the body: take delivery here
+            await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        if not is_gone or task.uncancel() > 0:
+            raise
+    finally:
+        watcher.cancel()
+
+
+async def read_json_body(headers: Headers, receive: Receive, limit: int) -> bytes:
+    """The whole body. Raises InvalidRequest for a content type other than JSON, PayloadTooLarge above `limit` bytes."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise InvalidRequest(f"the content type must be application/json, got `{kind or 'none'}`", param="Content-Type")
+    length = headers.get("content-length", "0")
+    if length.isdigit() and int(length) > limit:
+        await _discard(receive, _DRAIN_FACTOR * limit)
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest("the client went away before its request was complete")
+        size += len(message.get("body", b""))
+        is_last = not message.get("more_body", False)
+        if size > limit:
+            await _discard(receive, 0 if is_last else _DRAIN_FACTOR * limit - size)
+            raise _too_large(limit)
+        chunks.append(message.get("body", b""))
+        if is_last:
+            return b"".join(chunks)
+
+
+async def _discard(receive: Receive, num_bytes: int) -> None:
+    """Read and forget: a client that is still sending would see a reset connection instead of our 413."""
+    try:
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while num_bytes > 0:
+                message = await receive()
+                num_bytes -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the request body is larger than {limit} bytes (--max-request-body-bytes)", code="payload_too_large")

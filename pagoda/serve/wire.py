@@ -1,0 +1,212 @@
+"""What the request bodies of all generating protocols share, and how they become SamplingParams.
+
+Bodies are decoded strictly (a string is no number) and leniently as OpenAI's clients need it: null means "not given",
+and unknown fields are reported in a header, not refused. A field whose feature does not exist here is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from pagoda.base.errors import InvalidRequest
+from pagoda.base.types import RequestOutputKind, SamplingParams
+from pagoda.serve.errors import from_msgspec
+
+__all__ = [
+    "GenerationFields",
+    "Int",
+    "PromptTokensDetails",
+    "StreamOptions",
+    "Usage",
+    "check_common",
+    "decode_body",
+    "sampling_params",
+]
+
+Int = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # never added here, so both values are honoured
+
+
+class GenerationFields(msgspec.Struct, kw_only=True):
+    """Fields of chat and completions alike: OpenAI's, then vLLM's."""
+
+    model: str | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Int | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: Int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[Int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
+    truncate_prompt_tokens: Int | None = None
+    prompt_logprobs: Int | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+
+
+class PromptTokensDetails(msgspec.Struct, kw_only=True):
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+UNSUPPORTED = {
+    "suffix": "inserting text before a suffix",
+    "structured_outputs": "structured output",
+    "guided_json": "structured output",
+    "guided_regex": "structured output",
+    "guided_choice": "structured output",
+    "guided_grammar": "structured output",
+    "structural_tag": "structured output",
+    "use_beam_search": "beam search",
+    "prompt_embeds": "prompt embeddings",
+    "logits_processors": "custom logits processors",
+    "mm_processor_kwargs": "multimodal input",
+    "media_io_kwargs": "multimodal input",
+    "kv_transfer_params": "KV transfer",
+    "ec_transfer_params": "encoder transfer",
+    "thinking_token_budget": "a thinking budget",
+    "repetition_detection": "repetition detection",
+    "logprob_token_ids": "logprobs of chosen tokens",
+    "vllm_xargs": "arguments of custom processors",
+    "chat_template": "a chat template sent with the request (start the server with --chat-template)",
+    "audio": "audio output",
+    "web_search_options": "web search",
+    "functions": "the old `functions` interface",
+    "function_call": "the old `functions` interface",
+}
+"""Request fields, OpenAI's or vLLM's, whose feature this version does not have: naming one is an error."""
+
+NO_EFFECT = frozenset(
+    {
+        "metadata",
+        "moderation",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+"""OpenAI's fields about billing, storage and hints, which leave the answer as it is: accepted, without effect."""
+
+_HARMLESS = {"use_beam_search": b"false", "function_call": b'"none"', "suffix": b'""'}
+
+
+def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
+    """The body as `kind` and warnings about fields that were not used. Raises InvalidRequest (400) naming the field."""
+    try:
+        given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        body = msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise from_msgspec(exc) from None
+    warnings = []
+    known = kind.__struct_fields__
+    for name, value in given.items():
+        if name in known or (content := bytes(value)) == b"null":
+            continue
+        if name in UNSUPPORTED:
+            if content != _HARMLESS.get(name):
+                raise InvalidRequest(f"`{name}`: {UNSUPPORTED[name]} is not supported by this version of Pagoda", param=name, code="unsupported")
+        elif name not in NO_EFFECT:
+            warnings.append(f"unknown field {_header_safe(name)} ignored")
+    return body, warnings
+
+
+def _header_safe(name: str) -> str:
+    return "".join(c for c in name[:64] if c.isascii() and c.isprintable()) or "?"
+
+
+_COPIED = [
+    "frequency_penalty",
+    "presence_penalty",
+    "temperature",
+    "top_p",
+    "n",
+    "seed",
+    "stop",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "truncate_prompt_tokens",
+    "prompt_logprobs",
+]
+
+
+def sampling_params(body: GenerationFields, defaults: dict[str, Any], **more: Any) -> SamplingParams:
+    """Request value, else the server's default, else OpenAI's. `more` wins (max_tokens, logprobs). Raises InvalidRequest."""
+    values: dict[str, Any] = dict(defaults)
+    for name in _COPIED:
+        if (value := getattr(body, name)) is not None:
+            values[name] = value
+    if body.logit_bias:
+        values["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
+    values["output_kind"] = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+    values.update(more)
+    return SamplingParams(**values)
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 16):
+        raise InvalidRequest(f"`logit_bias` has the key `{key[:40]}`; its keys are token ids, as strings", param="logit_bias")
+    return int(key)
+
+
+def check_common(body: GenerationFields) -> None:
+    """Rules between fields that all generating protocols share."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("`stream_options` needs `stream`: true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("`prompt_logprobs` cannot be streamed", param="prompt_logprobs")
+    if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= 1024:
+        raise InvalidRequest("`cache_salt` must have 1 to 1024 characters", param="cache_salt")
+    if body.request_id is not None and not 1 <= len(body.request_id) <= 256:
+        raise InvalidRequest("`request_id` must have 1 to 256 characters", param="request_id")
