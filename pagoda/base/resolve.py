@@ -7,7 +7,6 @@ on what the loaded weights left over.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from pagoda.base.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -43,12 +42,13 @@ class KvBudget:
     block_size: int
     max_model_len: int
     bytes_per_block: int
+    blocks_per_request: int  # of a request of max_model_len
     reason: Reason
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of one group that fit; with several groups each token needs a place in every one of them."""
-        return (self.num_blocks - 1) * self.block_size
+    def max_concurrency(self) -> float:
+        """Requests of max_model_len that fit at once."""
+        return (self.num_blocks - 1) / self.blocks_per_request
 
 
 def resolve(config: EngineConfig, hardware: HardwareFacts, facts: ModelFacts) -> Resolved:
@@ -144,8 +144,7 @@ def fit_kv_cache(config: EngineConfig, facts: ModelFacts, memory_available: int,
     cache, block = config.cache, int(config.cache.block_size or 0)
     auto = config.model.max_model_len == "auto"
     length = facts.max_model_len if auto else int(config.model.max_model_len or 0)
-    num_groups = max(1, len(facts.kv_groups))
-    per_request = math.ceil(length / block) * num_groups
+    per_request = _blocks_per_request(config, facts, length)
     if cache.num_gpu_blocks_override is not None:
         num, why = cache.num_gpu_blocks_override + 1, "--num-gpu-blocks-override"
     elif cache.kv_cache_memory_bytes is not None:
@@ -156,13 +155,31 @@ def fit_kv_cache(config: EngineConfig, facts: ModelFacts, memory_available: int,
         num, why = share // bytes_per_block, f"{cache.cpu_memory_utilization:.0%} of {memory_available / 2**30:.1f} GiB available"
         if useful < num:
             num, why = useful, f"all {config.scheduler.max_num_seqs} requests at full length"
+    fits = _longest_request(config, facts, num - 1)
     if auto:
-        length = min(length, max(0, num - 1) // num_groups * block)
-        per_request = math.ceil(length / block) * num_groups
+        length = min(length, fits)
+        per_request = _blocks_per_request(config, facts, length)
     if length < 1 or num - 1 < per_request:
         raise OutOfMemory(
-            f"the KV cache ({why}: {max(0, num) * bytes_per_block / 2**20:.0f} MiB) holds {max(0, num - 1) // num_groups * block} tokens, "
-            f"but one request of max_model_len={length} needs {(per_request + 1) * bytes_per_block / 2**20:.0f} MiB; "
+            f"the KV cache ({why}: {max(0, num) * bytes_per_block / 2**20:.0f} MiB) holds one request of {fits} tokens, but one request of max_model_len={length} needs {(per_request + 1) * bytes_per_block / 2**20:.0f} MiB; "
             f"lower --max-model-len (or `auto`), or raise --kv-cache-memory-bytes"
         )
-    return KvBudget(num, block, length, bytes_per_block, Reason("num_kv_blocks", str(num), why))
+    return KvBudget(num, block, length, bytes_per_block, per_request, Reason("num_kv_blocks", str(num), why))
+
+
+def _blocks_per_request(config: EngineConfig, facts: ModelFacts, length: int) -> int:
+    """Blocks a request of `length` tokens owns at most, all KV groups together."""
+    block, step = int(config.cache.block_size or 0), int(config.scheduler.max_num_batched_tokens or 0)
+    return sum(g.max_live_blocks(length, block_size=block, max_tokens_per_step=step) for g in facts.kv_groups)
+
+
+def _longest_request(config: EngineConfig, facts: ModelFacts, num_blocks: int) -> int:
+    """Tokens of the longest single request that many blocks can hold, at most the model's length (bisection)."""
+    low, high = 0, facts.max_model_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _blocks_per_request(config, facts, middle) <= num_blocks:
+            low = middle
+        else:
+            high = middle - 1
+    return low

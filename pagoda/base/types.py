@@ -228,6 +228,17 @@ class KvGroup(msgspec.Struct, frozen=True):
     layers: tuple[int, ...]
     window: int = 0  # tokens a query may see, itself included; 0 for full attention
 
+    def max_live_blocks(self, num_tokens: int, *, block_size: int, max_tokens_per_step: int) -> int:
+        """Most blocks a request of `num_tokens` owns at one time in this group.
+
+        A window group keeps those of one step: it sees window - 1 earlier tokens and computes its own, and both ends
+        may cut a block.
+        """
+        whole = -(-num_tokens // block_size)
+        if self.kind == "full":
+            return whole
+        return min(whole, (self.window + max_tokens_per_step - 2) // block_size + 2)
+
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the core may know of a model: facts, never architecture names (those are for display)."""

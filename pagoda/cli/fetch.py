@@ -27,5 +27,5 @@ def run(args: argparse.Namespace) -> int:
             raise
         print(f"not fetched: {error}", file=sys.stderr)
         return 0
-    print(path)
+    print(path.path)
     return 0

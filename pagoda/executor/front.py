@@ -9,6 +9,7 @@ from typing import Any
 
 from pagoda.base.config import EngineConfig, ModelConfig
 from pagoda.base.errors import ConfigError
+from pagoda.files.hub import ModelPath
 from pagoda.files.hub import resolve as resolve_path
 from pagoda.files.tokenizer_files import read_generation_config
 from pagoda.text.template import ChatTemplate, load_chat_template
@@ -22,22 +23,24 @@ class Front:
     """`template` is None when the model has none: it cannot chat, and says so when asked to."""
 
     path: Path
+    name: str  # what the API calls the model unless --served-model-name says otherwise
     tokenizer: Tokenizer
     template: ChatTemplate | None
     generation_config: dict[str, Any]  # sampling defaults of the model, --override-generation-config applied
     eos_token_ids: list[int]
 
 
-def load_front(config: EngineConfig, path: Path | None = None) -> Front:
+def load_front(config: EngineConfig) -> Front:
     """Loads from the model's own files, or `--tokenizer`, `--generation-config` and `--chat-template` where given."""
     m = config.model
-    path = path or _resolve(m, m.model)
-    tokenizer = load_tokenizer(path if m.tokenizer is None else _resolve(m, m.tokenizer))
+    found = _resolve(m, m.model)
+    path = found.path
+    tokenizer = load_tokenizer(path if m.tokenizer is None else _resolve(m, m.tokenizer).path)
     template = load_chat_template(tokenizer, m.chat_template)
-    return Front(path, tokenizer, template, _generation_config(m, path), list(tokenizer.eos_ids))
+    return Front(path, found.name, tokenizer, template, _generation_config(m, path), list(tokenizer.eos_ids))
 
 
-def _resolve(m: ModelConfig, name: str | None) -> Path:
+def _resolve(m: ModelConfig, name: str | None) -> ModelPath:
     return resolve_path(name, revision=m.revision, token=m.hf_token, download_dir=m.download_dir)
 
 

@@ -49,7 +49,7 @@ class Ledger:
     buffers_nbytes: int
     num_blocks: int
     block_size: int
-    num_kv_groups: int
+    max_concurrency: float  # requests of max_model_len that fit at once
     max_model_len: int
     mode: str
     mode_why: str
@@ -59,13 +59,8 @@ class Ledger:
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens whose keys and values fit, in every group."""
-        return (self.num_blocks - 1) // max(1, self.num_kv_groups) * self.block_size
-
-    @property
-    def max_concurrency(self) -> float:
-        """Full-length requests that fit at once."""
-        return self.num_kv_tokens / self.max_model_len
+        """Tokens whose keys and values fit, in requests of max_model_len."""
+        return int(self.max_concurrency * self.max_model_len)
 
     def lines(self) -> list[str]:
         """The start-up report: choices and their reasons, then the memory ledger."""
@@ -97,7 +92,7 @@ class LocalEngine:
 
     @cached_property
     def front(self) -> Front:
-        return load_front(self.config, self.source.path)
+        return load_front(self.config)
 
     @property
     def tokenizer(self) -> Any:
@@ -118,7 +113,7 @@ class LocalEngine:
 def describe_model(config: EngineConfig) -> tuple[ModelSource, EngineConfig, tuple[Reason, ...], HardwareFacts]:
     """Everything that can be known before weights are read: for `doctor`, and the first half of `build_engine`."""
     m = config.model
-    path = resolve_path(m.model, revision=m.revision, token=m.hf_token, download_dir=m.download_dir)
+    path = resolve_path(m.model, revision=m.revision, token=m.hf_token, download_dir=m.download_dir).path
     source = describe(path, m)
     hardware = read_hardware()
     resolved = resolve(config, hardware, source.spec.facts())
@@ -153,7 +148,7 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> L
     ledger = Ledger(
         architecture=facts.architecture, num_parameters=facts.num_parameters, formats=tuple(sorted(model.formats)),
         weights_nbytes=model.nbytes, kv_nbytes=budget.num_blocks * budget.bytes_per_block, buffers_nbytes=buffers,
-        num_blocks=budget.num_blocks, block_size=budget.block_size, num_kv_groups=len(facts.kv_groups),
+        num_blocks=budget.num_blocks, block_size=budget.block_size, max_concurrency=budget.max_concurrency,
         max_model_len=budget.max_model_len, mode=mode, mode_why=why, kernels=library.default().isa if native else "reference",
         load_seconds=time.perf_counter() - started, reasons=(*reasons, budget.reason),
     )  # fmt: skip
