@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pagoda.base.errors import ModelNotFound
+from pagoda.files.hub import DEFAULT_MODEL, fetch_pinned
+from pagoda.text.tokenizer import Tokenizer, load_tokenizer
+
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -15,3 +19,17 @@ def shared_data() -> Path:
     if not _SHARED.is_dir():
         pytest.skip("../shared/data is absent: third-party test data is not part of the repository")
     return _SHARED
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's GGUF file, fetched into the cache on the first run."""
+    try:
+        return fetch_pinned(DEFAULT_MODEL)
+    except ModelNotFound as error:
+        pytest.skip(f"the default model cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def default_tokenizer(default_model: Path) -> Tokenizer:
+    return load_tokenizer(default_model)
