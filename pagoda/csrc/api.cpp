@@ -1,0 +1,211 @@
+#include "api.h"
+
+#include <chrono>
+#include <new>
+#include <string.h>
+#include <string>
+#include <thread>
+
+#include "ops.h"
+#include "program.h"
+
+namespace pg {
+extern const Isa kIsaPortable;
+#if defined(__x86_64__)
+extern const Isa kIsaAvx2, kIsaAvx512, kIsaAvx512Bf16;
+#endif
+}  // namespace pg
+
+namespace {
+
+thread_local std::string last_error;
+
+int fail(std::string why) {
+    last_error = std::move(why);
+    return 1;
+}
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+struct Row {
+    const pg::Isa* isa;
+    bool (*supported)();
+};
+
+const Row kIsas[] = {
+    {&pg::kIsaPortable, always},
+#if defined(__x86_64__)
+    {&pg::kIsaAvx2, has_avx2},
+    {&pg::kIsaAvx512, has_avx512},
+    {&pg::kIsaAvx512Bf16, has_avx512_bf16},
+#endif
+};
+constexpr int kNumIsas = int(sizeof kIsas / sizeof kIsas[0]);
+
+const pg::Isa* choose(const char* name) {
+    for (int k = kNumIsas - 1; k >= 0; --k)
+        if (name ? !strcmp(name, kIsas[k].isa->name) : kIsas[k].supported()) {
+            if (kIsas[k].supported()) return kIsas[k].isa;
+            fail(std::string("this machine cannot run instruction set `") + name + "`");
+            return nullptr;
+        }
+    fail(std::string("unknown instruction set `") + (name ? name : "") + "`");
+    return nullptr;
+}
+
+const char* const kOpNames[] = {
+#define PG_NAME(name, tensors, domain) #name,
+    PG_OPS(PG_NAME)
+#undef PG_NAME
+};
+const int kOpTensors[] = {
+#define PG_COUNT(name, tensors, domain) tensors,
+    PG_OPS(PG_COUNT)
+#undef PG_COUNT
+};
+constexpr int kNumOps = int(sizeof kOpTensors / sizeof kOpTensors[0]);
+
+}  // namespace
+
+int pg_abi(void) { return 1; }
+const char* pg_last_error(void) { return last_error.c_str(); }
+
+int pg_isa_count(void) { return kNumIsas; }
+const char* pg_isa_name(int k) { return k >= 0 && k < kNumIsas ? kIsas[k].isa->name : nullptr; }
+int pg_isa_supported(int k) { return k >= 0 && k < kNumIsas && kIsas[k].supported(); }
+
+int pg_op_count(void) { return kNumOps; }
+const char* pg_op_name(int k) { return k >= 0 && k < kNumOps ? kOpNames[k] : nullptr; }
+int pg_op_tensors(int k) { return k >= 0 && k < kNumOps ? kOpTensors[k] : -1; }
+
+pg_handle* pg_open(const char* isa, int num_threads, const int* cpu_ids) {
+    const pg::Isa* chosen = choose(isa);
+    if (!chosen) return nullptr;
+    try {
+        auto* handle = new pg_handle(num_threads, cpu_ids);
+        handle->ops = chosen->ops;
+        handle->isa = chosen->name;
+        return handle;
+    } catch (const std::exception& e) {
+        fail(std::string("cannot start ") + std::to_string(num_threads) + " threads: " + e.what());
+        return nullptr;
+    }
+}
+
+void pg_close(pg_handle* handle) { delete handle; }
+
+int pg_set_isa(pg_handle* handle, const char* isa) {
+    const pg::Isa* chosen = choose(isa);
+    if (!chosen) return 1;
+    std::lock_guard<std::mutex> lock(handle->busy);
+    handle->ops = chosen->ops;
+    handle->isa = chosen->name;
+    return 0;
+}
+
+int pg_set_threads(pg_handle* handle, int num_threads, const int* cpu_ids) {
+    try {
+        auto pool = std::make_unique<pg::Pool>(num_threads, cpu_ids);
+        std::lock_guard<std::mutex> lock(handle->busy);
+        handle->pool.swap(pool);
+        return 0;
+    } catch (const std::exception& e) {
+        return fail(std::string("cannot start ") + std::to_string(num_threads) + " threads: " + e.what());
+    }
+}
+
+const char* pg_isa(pg_handle* handle) { return handle->isa; }
+int pg_num_threads(pg_handle* handle) { return handle->pool->size(); }
+
+int pg_run_op(pg_handle* handle, const pg_instruction* instruction) {
+    try {
+        std::lock_guard<std::mutex> lock(handle->busy);
+        if (instruction->opcode == pg::opcode_of_mark()) return fail("a mark has a meaning in a program only");
+        std::string wrong = handle->single.load(instruction, 1, handle->ops, handle->pool->size());
+        if (wrong.empty()) wrong = handle->single.run(*handle->pool, handle->ops, nullptr, nullptr);
+        return wrong.empty() ? 0 : fail(wrong);
+    } catch (const std::exception& e) {
+        return fail(e.what());
+    }
+}
+
+int pg_check_op(pg_handle* handle, const pg_instruction* in) {
+    if (in->opcode < 0 || in->opcode >= kNumOps) return fail("unknown opcode " + std::to_string(in->opcode));
+    const char* wrong = handle->ops[in->opcode].check(pg::Call{in->t, in->i, in->f, nullptr, nullptr, nullptr, 0});
+    return wrong ? fail(wrong) : 0;
+}
+
+namespace {
+
+std::string load(pg_program* program) {
+    pg_handle* handle = program->handle;
+    if (program->ops == handle->ops && program->num_threads == handle->pool->size()) return {};
+    program->ops = handle->ops;
+    program->num_threads = handle->pool->size();
+    return program->sequence.load(program->recorded.data(), int64_t(program->recorded.size()), program->ops, program->num_threads);
+}
+
+}  // namespace
+
+pg_program* pg_program_create(pg_handle* handle, const pg_instruction* code, int64_t count) {
+    try {
+        auto program = std::make_unique<pg_program>();
+        program->handle = handle;
+        program->recorded.assign(code, code + count);
+        std::lock_guard<std::mutex> lock(handle->busy);
+        std::string wrong = load(program.get());
+        if (!wrong.empty()) {
+            fail(wrong);
+            return nullptr;
+        }
+        for (const pg_instruction& in : program->recorded)
+            for (const pg_tensor& t : in.t)
+                if (t.symbol != PG_FIXED) {
+                    int64_t& most = program->most[t.symbol];
+                    most = most == 0 || t.rows < most ? t.rows : most;
+                }
+        return program.release();
+    } catch (const std::exception& e) {
+        fail(e.what());
+        return nullptr;
+    }
+}
+
+int pg_program_run(pg_program* program, int64_t T, int64_t S, int64_t R) {
+    const int64_t rows_of[4] = {0, T, S, R};
+    for (int k = PG_T; k <= PG_R; ++k)
+        if (rows_of[k] < 0 || (program->most[k] && rows_of[k] > program->most[k]))
+            return fail("rows " + std::to_string(rows_of[k]) + " of symbol " + "?TSR"[k] + " are outside 0.." + std::to_string(program->most[k]));
+    try {
+        std::lock_guard<std::mutex> lock(program->handle->busy);
+        program->progress.marks.store(0);
+        std::string wrong = load(program);
+        if (wrong.empty()) wrong = program->sequence.run(*program->handle->pool, program->ops, rows_of, &program->progress);
+        return wrong.empty() ? 0 : fail(wrong);
+    } catch (const std::exception& e) {
+        return fail(e.what());
+    }
+}
+
+int64_t pg_program_progress(pg_program* program) { return program->progress.marks.load(); }
+
+int64_t pg_program_wait(pg_program* program, int64_t mark, int64_t timeout_us) {
+    auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);
+    int64_t passed;
+    while ((passed = program->progress.marks.load()) < mark && std::chrono::steady_clock::now() < deadline)
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+    return passed;
+}
+
+void pg_program_free(pg_program* program) { delete program; }

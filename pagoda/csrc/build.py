@@ -1,0 +1,98 @@
+"""Builds the native library: one object per instruction set, linked into one shared library, with any C++20 compiler.
+
+    python pagoda/csrc/build.py            builds pagoda/kernels/cpu/libpagoda.so when sources or flags changed
+
+Uses only the standard library, because the wheel's build hook runs it before anything is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+__all__ = ["LIBRARY", "BuildError", "build", "find_compiler"]
+
+HERE = Path(__file__).resolve().parent
+TARGET = HERE.parent / "kernels" / "cpu"
+LIBRARY = TARGET / "libpagoda.so"
+
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: a fault of GCC 12's own headers
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+X86 = {
+    "isa_avx2.cpp": _AVX2,
+    "isa_avx512.cpp": _AVX512,
+    "isa_avx512_bf16.cpp": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
+}
+
+
+class BuildError(RuntimeError):
+    """The compiler failed; the message holds the command and what the compiler said."""
+
+
+def find_compiler() -> str | None:
+    """$CXX, else the first of c++, g++, clang++ on the path."""
+    if chosen := os.environ.get("CXX"):
+        return chosen
+    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def sources() -> dict[Path, list[str]]:
+    """Each translation unit of this machine's architecture with its own flags."""
+    units = {HERE / name: [] for name in ("api.cpp", "program.cpp", "threads.cpp", "isa/isa_portable.cpp")}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        units |= {HERE / "isa" / name: flags for name, flags in X86.items()}
+    return units
+
+
+def _fingerprint(compiler: str) -> str:
+    digest = hashlib.sha256(" ".join([compiler, platform.machine(), *FLAGS, *WARNINGS, repr(sources())]).encode())
+    digest.update(subprocess.run([*compiler.split(), "--version"], capture_output=True, check=False).stdout)
+    for path in sorted([*HERE.rglob("*.h"), *HERE.rglob("*.cpp")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    if done.stderr:
+        sys.stderr.write(done.stderr)
+
+
+def build(*, jobs: int = 2, force: bool = False) -> Path:
+    """Builds the library unless it is up to date, and returns its path. BuildError without or from the compiler."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler: set CXX, or install g++ or clang++")
+    stamp = HERE / "build" / "stamp"
+    fingerprint = _fingerprint(compiler)
+    if not force and LIBRARY.exists() and stamp.exists() and stamp.read_text() == fingerprint:
+        return LIBRARY
+    objects = HERE / "build"
+    objects.mkdir(exist_ok=True)
+    command = [*compiler.split(), *FLAGS, *WARNINGS, f"-I{HERE}"]
+    units = [(path, flags, objects / f"{path.stem}.o") for path, flags in sources().items()]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda unit: _run([*command, *unit[1], "-c", str(unit[0]), "-o", str(unit[2])]), reversed(units)))
+    static = [] if sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+    fresh = LIBRARY.with_suffix(f".{os.getpid()}.tmp")
+    _run([*compiler.split(), "-shared", *static, *(str(o) for *_, o in units), "-o", str(fresh), "-pthread"])
+    fresh.replace(LIBRARY)  # atomic: a process that has the old one mapped keeps it
+    stamp.write_text(fingerprint)
+    return LIBRARY
+
+
+if __name__ == "__main__":
+    try:
+        print(build(force="--force" in sys.argv))
+    except BuildError as error:
+        sys.exit(str(error))

@@ -1,0 +1,102 @@
+// The vector interface on AVX2, FMA and F16C: sixteen lanes are two registers. See vec_avx512.h for what each does.
+#pragma once
+
+#define PG_MEMBER inline __attribute__((always_inline))
+#define PG_INLINE static PG_MEMBER
+
+constexpr int kTileRows = 4;
+constexpr int kTilePanels = 1;
+constexpr int kBlockRows = 2;
+
+struct f32x16 { __m256 a, b; };
+struct i32x16 { __m256i a, b; };
+typedef i32x16 u8x64;
+
+PG_INLINE f32x16 set1(float x) { __m256 v = _mm256_set1_ps(x); return {v, v}; }
+PG_INLINE f32x16 zero() { return set1(0.0f); }
+PG_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+PG_INLINE void store(float* p, f32x16 v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
+PG_INLINE __m256i first(int64_t n) {   // all ones in lanes below n
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+PG_INLINE f32x16 load_n(const float* p, int64_t n) {
+    return {_mm256_maskload_ps(p, first(n)), _mm256_maskload_ps(p + 8, first(n - 8))};
+}
+PG_INLINE void store_n(float* p, f32x16 v, int64_t n) {
+    _mm256_maskstore_ps(p, first(n), v.a);
+    _mm256_maskstore_ps(p + 8, first(n - 8), v.b);
+}
+PG_INLINE f32x16 add(f32x16 x, f32x16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+PG_INLINE f32x16 sub(f32x16 x, f32x16 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+PG_INLINE f32x16 mul(f32x16 x, f32x16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+PG_INLINE f32x16 div(f32x16 x, f32x16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+PG_INLINE f32x16 fma(f32x16 x, f32x16 y, f32x16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+PG_INLINE f32x16 max(f32x16 x, f32x16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+PG_INLINE f32x16 min(f32x16 x, f32x16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+PG_INLINE f32x16 select_lt(f32x16 x, f32x16 y, f32x16 yes, f32x16 no) {
+    return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
+}
+PG_INLINE f32x16 keep_lanes(f32x16 v, int64_t lo, int64_t hi, f32x16 other) {
+    lo = lo < 0 ? 0 : lo > 16 ? 16 : lo;
+    hi = hi < 0 ? 0 : hi > 16 ? 16 : hi;
+    __m256 a = _mm256_castsi256_ps(_mm256_andnot_si256(first(lo), first(hi)));
+    __m256 b = _mm256_castsi256_ps(_mm256_andnot_si256(first(lo - 8), first(hi - 8)));
+    return {_mm256_blendv_ps(other.a, v.a, a), _mm256_blendv_ps(other.b, v.b, b)};
+}
+
+PG_INLINE i32x16 iset1(int32_t x) { __m256i v = _mm256_set1_epi32(x); return {v, v}; }
+PG_INLINE f32x16 to_f32(i32x16 v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+PG_INLINE i32x16 bits(f32x16 v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
+PG_INLINE f32x16 unbits(i32x16 v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
+PG_INLINE i32x16 iadd(i32x16 x, i32x16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+template <int N>
+PG_INLINE i32x16 shift_left(i32x16 v) { return {_mm256_slli_epi32(v.a, N), _mm256_slli_epi32(v.b, N)}; }
+
+PG_INLINE f32x16 load_f16(const void* p) {
+    const __m128i* h = (const __m128i*)p;
+    return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+}
+PG_INLINE f32x16 load_bf16(const uint16_t* p) {
+    const __m128i* h = (const __m128i*)p;
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(h)), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(h + 1)), 16))};
+}
+PG_INLINE u8x64 load_bytes(const void* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+PG_INLINE u8x64 low_nibbles(u8x64 v) {
+    __m256i m = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(v.a, m), _mm256_and_si256(v.b, m)};
+}
+PG_INLINE u8x64 high_nibbles(u8x64 v) {
+    __m256i m = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), m)};
+}
+
+PG_INLINE __m256i dot_u8_half(__m256i acc, __m256i w, __m256i even, __m256i odd) {
+    __m256i x = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), even);
+    return _mm256_add_epi32(acc, _mm256_add_epi32(x, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), odd)));
+}
+PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, const int8_t* a) {   // in 16 bits: maddubs would saturate
+    int32_t quad;
+    __builtin_memcpy(&quad, a, 4);
+    __m256i q = _mm256_set1_epi32(quad);
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8), odd = _mm256_srai_epi16(q, 8);
+    return {dot_u8_half(acc.a, w.a, even, odd), dot_u8_half(acc.b, w.b, even, odd)};
+}
+PG_INLINE i32x16 dot_u4(i32x16 acc, u8x64 w, const int8_t* a) {   // 2 * 15 * 127 fits in 16 bits
+    int32_t quad;
+    __builtin_memcpy(&quad, a, 4);
+    __m256i q = _mm256_set1_epi32(quad), one = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, q), one)),
+            _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, q), one))};
+}
+PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, x, 4);
+    f32x16 x0 = unbits(iset1(int32_t(pair << 16))), x1 = unbits(iset1(int32_t(pair & 0xffff0000u)));
+    __m256i high = _mm256_set1_epi32(int32_t(0xffff0000u));
+    acc = fma(unbits(shift_left<16>(w)), x0, acc);
+    return fma(unbits(i32x16{_mm256_and_si256(w.a, high), _mm256_and_si256(w.b, high)}), x1, acc);
+}

@@ -1,0 +1,98 @@
+// The vector interface on AVX-512 (F, BW, VL, DQ), with VNNI and BF16 when the compiler is told they are there.
+// Sixteen lanes of float32 or int32, or 64 bytes. Included inside the instruction set's own namespace.
+#pragma once
+
+#define PG_MEMBER inline __attribute__((always_inline))
+#define PG_INLINE static PG_MEMBER
+
+constexpr int kTileRows = 6;     // rows x panels of accumulators a float product keeps in registers
+constexpr int kTilePanels = 4;
+constexpr int kBlockRows = 8;    // rows a block-quantised product keeps in registers
+
+typedef __m512 f32x16;
+typedef __m512i i32x16;
+typedef __m512i u8x64;
+
+PG_INLINE f32x16 zero() { return _mm512_setzero_ps(); }
+PG_INLINE f32x16 set1(float x) { return _mm512_set1_ps(x); }
+PG_INLINE f32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+PG_INLINE void store(float* p, f32x16 v) { _mm512_storeu_ps(p, v); }
+PG_INLINE __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1u); }
+PG_INLINE f32x16 load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+PG_INLINE void store_n(float* p, f32x16 v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+PG_INLINE f32x16 add(f32x16 a, f32x16 b) { return _mm512_add_ps(a, b); }
+PG_INLINE f32x16 sub(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }
+PG_INLINE f32x16 mul(f32x16 a, f32x16 b) { return _mm512_mul_ps(a, b); }
+PG_INLINE f32x16 div(f32x16 a, f32x16 b) { return _mm512_div_ps(a, b); }
+PG_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
+PG_INLINE f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
+PG_INLINE f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
+// a < b ? yes : no, per lane.
+PG_INLINE f32x16 select_lt(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+// Lanes lo <= i < hi of v, `other` elsewhere; lo and hi may lie outside 0..16.
+PG_INLINE f32x16 keep_lanes(f32x16 v, int64_t lo, int64_t hi, f32x16 other) {
+    lo = lo < 0 ? 0 : lo > 16 ? 16 : lo;
+    hi = hi < 0 ? 0 : hi > 16 ? 16 : hi;
+    __mmask16 m = __mmask16(((1u << hi) - 1u) & ~((1u << lo) - 1u));
+    return _mm512_mask_blend_ps(m, other, v);
+}
+
+PG_INLINE i32x16 iset1(int32_t x) { return _mm512_set1_epi32(x); }
+PG_INLINE f32x16 to_f32(i32x16 v) { return _mm512_cvtepi32_ps(v); }
+PG_INLINE i32x16 bits(f32x16 v) { return _mm512_castps_si512(v); }
+PG_INLINE f32x16 unbits(i32x16 v) { return _mm512_castsi512_ps(v); }
+PG_INLINE i32x16 iadd(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
+template <int N>
+PG_INLINE i32x16 shift_left(i32x16 v) { return _mm512_slli_epi32(v, N); }
+
+PG_INLINE f32x16 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+PG_INLINE f32x16 load_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+PG_INLINE u8x64 load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+PG_INLINE u8x64 low_nibbles(u8x64 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+PG_INLINE u8x64 high_nibbles(u8x64 v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+
+// acc + sum over 4 neighbours of weights (unsigned bytes) times the same 4 activations (signed bytes) in every lane.
+#if defined(__AVX512VNNI__)
+PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, const int8_t* a) {
+    int32_t quad;
+    __builtin_memcpy(&quad, a, 4);
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(quad));
+}
+PG_INLINE i32x16 dot_u4(i32x16 acc, u8x64 w, const int8_t* a) { return dot_u8(acc, w, a); }
+#else
+PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, const int8_t* a) {   // in 16 bits: pairs of bytes could saturate
+    int32_t quad;
+    __builtin_memcpy(&quad, a, 4);
+    __m512i q = _mm512_set1_epi32(quad);
+    __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(q, 8), 8));
+    __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(q, 8));
+    return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
+}
+PG_INLINE i32x16 dot_u4(i32x16 acc, u8x64 w, const int8_t* a) {   // 2 * 15 * 127 fits in 16 bits
+    int32_t quad;
+    __builtin_memcpy(&quad, a, 4);
+    __m512i pairs = _mm512_maddubs_epi16(w, _mm512_set1_epi32(quad));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#endif
+
+// acc + w[0] x[0] + w[1] x[1] per lane: w pairs of bfloat16, x one pair for all lanes.
+#if defined(__AVX512BF16__)
+PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, 4);
+    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+}
+#else
+PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, x, 4);
+    f32x16 x0 = unbits(iset1(int32_t(pair << 16))), x1 = unbits(iset1(int32_t(pair & 0xffff0000u)));
+    acc = fma(unbits(shift_left<16>(w)), x0, acc);
+    return fma(unbits(_mm512_and_si512(w, _mm512_set1_epi32(int32_t(0xffff0000u)))), x1, acc);
+}
+#endif

@@ -1,0 +1,119 @@
+// The vector interface without intrinsics: four vectors of the compiler's own, which every 64-bit CPU has registers
+// for (SSE2, NEON). There is no fused multiply-add here: fma rounds twice. See vec_avx512.h for what each does.
+#pragma once
+
+#define PG_MEMBER inline __attribute__((always_inline))
+#define PG_INLINE static PG_MEMBER
+
+constexpr int kTileRows = 2;
+constexpr int kTilePanels = 1;
+constexpr int kBlockRows = 1;
+
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+struct f32x16 { f32x4 v[4]; };
+struct i32x16 { i32x4 v[4]; };
+struct u8x64 { uint8_t v[64]; };
+
+#define PG_EACH(R, expression)                  \
+    R r;                                        \
+    for (int k = 0; k < 4; ++k) r.v[k] = (expression); \
+    return r
+
+PG_INLINE f32x4 splat(float x) { return f32x4{x, x, x, x}; }
+PG_INLINE f32x4 blend(i32x4 mask, f32x4 yes, f32x4 no) { return (f32x4)((mask & (i32x4)yes) | (~mask & (i32x4)no)); }
+
+PG_INLINE f32x16 set1(float x) { PG_EACH(f32x16, splat(x)); }
+PG_INLINE f32x16 zero() { return set1(0.0f); }
+PG_INLINE f32x16 load(const float* p) { f32x16 r; __builtin_memcpy(&r, p, 64); return r; }
+PG_INLINE void store(float* p, f32x16 v) { __builtin_memcpy(p, &v, 64); }
+PG_INLINE f32x16 load_n(const float* p, int64_t n) {
+    float t[16] = {};
+    for (int64_t i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+}
+PG_INLINE void store_n(float* p, f32x16 v, int64_t n) {
+    float t[16];
+    store(t, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = t[i];
+}
+PG_INLINE f32x16 add(f32x16 a, f32x16 b) { PG_EACH(f32x16, a.v[k] + b.v[k]); }
+PG_INLINE f32x16 sub(f32x16 a, f32x16 b) { PG_EACH(f32x16, a.v[k] - b.v[k]); }
+PG_INLINE f32x16 mul(f32x16 a, f32x16 b) { PG_EACH(f32x16, a.v[k] * b.v[k]); }
+PG_INLINE f32x16 div(f32x16 a, f32x16 b) { PG_EACH(f32x16, a.v[k] / b.v[k]); }
+PG_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { PG_EACH(f32x16, a.v[k] * b.v[k] + c.v[k]); }
+PG_INLINE f32x16 max(f32x16 a, f32x16 b) { PG_EACH(f32x16, blend((i32x4)(a.v[k] > b.v[k]), a.v[k], b.v[k])); }
+PG_INLINE f32x16 min(f32x16 a, f32x16 b) { PG_EACH(f32x16, blend((i32x4)(a.v[k] < b.v[k]), a.v[k], b.v[k])); }
+PG_INLINE f32x16 select_lt(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
+    PG_EACH(f32x16, blend((i32x4)(a.v[k] < b.v[k]), yes.v[k], no.v[k]));
+}
+PG_INLINE f32x16 keep_lanes(f32x16 v, int64_t lo, int64_t hi, f32x16 other) {
+    float t[16], o[16];
+    store(t, v);
+    store(o, other);
+    for (int i = 0; i < 16; ++i) t[i] = i >= lo && i < hi ? t[i] : o[i];
+    return load(t);
+}
+
+PG_INLINE i32x16 iset1(int32_t x) { PG_EACH(i32x16, (i32x4{x, x, x, x})); }
+PG_INLINE f32x16 to_f32(i32x16 a) { PG_EACH(f32x16, __builtin_convertvector(a.v[k], f32x4)); }
+PG_INLINE i32x16 bits(f32x16 a) { PG_EACH(i32x16, (i32x4)a.v[k]); }
+PG_INLINE f32x16 unbits(i32x16 a) { PG_EACH(f32x16, (f32x4)a.v[k]); }
+PG_INLINE i32x16 iadd(i32x16 a, i32x16 b) { PG_EACH(i32x16, a.v[k] + b.v[k]); }
+template <int N>
+PG_INLINE i32x16 shift_left(i32x16 a) { PG_EACH(i32x16, a.v[k] << N); }
+
+PG_INLINE float half_to_float(uint16_t h) {
+    // Shifting the 15 magnitude bits up by 13 leaves the exponent 112 too low; the product corrects it, subnormals too.
+    uint32_t magnitude = uint32_t(h & 0x7fff) << 13, sign = uint32_t(h & 0x8000) << 16;
+    float f;
+    __builtin_memcpy(&f, &magnitude, 4);
+    f *= 0x1p112f;
+    uint32_t u;
+    __builtin_memcpy(&u, &f, 4);
+    u |= sign | ((h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u);
+    __builtin_memcpy(&f, &u, 4);
+    return f;
+}
+PG_INLINE f32x16 load_f16(const void* p) {
+    uint16_t h[16];
+    float t[16];
+    __builtin_memcpy(h, p, 32);
+    for (int i = 0; i < 16; ++i) t[i] = half_to_float(h[i]);
+    return load(t);
+}
+PG_INLINE f32x16 load_bf16(const uint16_t* p) {
+    uint32_t t[16];
+    for (int i = 0; i < 16; ++i) t[i] = uint32_t(p[i]) << 16;
+    f32x16 r;
+    __builtin_memcpy(&r, t, 64);
+    return r;
+}
+PG_INLINE u8x64 load_bytes(const void* p) { u8x64 r; __builtin_memcpy(&r, p, 64); return r; }
+PG_INLINE u8x64 low_nibbles(u8x64 a) { for (int i = 0; i < 64; ++i) a.v[i] &= 15; return a; }
+PG_INLINE u8x64 high_nibbles(u8x64 a) { for (int i = 0; i < 64; ++i) a.v[i] >>= 4; return a; }
+
+PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, const int8_t* a) {
+    int32_t t[16];
+    __builtin_memcpy(t, &acc, 64);
+    for (int i = 0; i < 16; ++i)
+        t[i] += w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] + w.v[4 * i + 3] * a[3];
+    __builtin_memcpy(&acc, t, 64);
+    return acc;
+}
+PG_INLINE i32x16 dot_u4(i32x16 acc, u8x64 w, const int8_t* a) { return dot_u8(acc, w, a); }
+PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
+    uint32_t pair, t[16], lo[16], hi[16];
+    __builtin_memcpy(&pair, x, 4);
+    __builtin_memcpy(t, &w, 64);
+    for (int i = 0; i < 16; ++i) {
+        lo[i] = t[i] << 16;
+        hi[i] = t[i] & 0xffff0000u;
+    }
+    f32x16 w0, w1;
+    __builtin_memcpy(&w0, lo, 64);
+    __builtin_memcpy(&w1, hi, 64);
+    acc = fma(w0, unbits(iset1(int32_t(pair << 16))), acc);
+    return fma(w1, unbits(iset1(int32_t(pair & 0xffff0000u))), acc);
+}
+#undef PG_EACH

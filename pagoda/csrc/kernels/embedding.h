@@ -1,0 +1,75 @@
+// Rows of a packed table, and rows of a matrix.
+#pragma once
+
+// Sixteen halves, one wanted: through the vector converter, so that every format decodes in one place.
+PG_INLINE float half_at(const char* p, int64_t i) {
+    float t[16];
+    store(t, load_f16(p));
+    return t[i];
+}
+
+struct embedding_op : SimpleOp {
+    static void run(const Call& c, int, int, int num_threads) {
+        const pg_tensor& table = c.t[1];
+        const float scale = float(c.f[0]);
+        int64_t begin, end;
+        while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end))
+            for (int64_t r = begin; r < end; ++r) {
+                int64_t id = index_at(c.t[0], r);
+                if (id < 0 || id >= table.rows) {
+                    report(c, "embedding: an id is outside the table");
+                    continue;
+                }
+                float* y = row<float>(c.t[2], r);
+                read_row(table, id, y);
+                if (scale != 1.0f)
+                    for (int64_t k = 0; k < table.cols; ++k) y[k] *= scale;
+            }
+    }
+
+    static void read_row(const pg_tensor& table, int64_t id, float* y) {
+        const int64_t k = table.cols, panel = id / 16, lane = id % 16;
+        const char* w = static_cast<const char*>(table.data);
+        switch (table.dtype) {
+            case PG_W_F32: {
+                const float* p = (const float*)w + panel * k * 16 + lane;
+                for (int64_t i = 0; i < k; ++i) y[i] = p[16 * i];
+                return;
+            }
+            case PG_W_BF16: {
+                const uint16_t* p = (const uint16_t*)w + panel * ((k + 1) / 2) * 32 + 2 * lane;
+                for (int64_t i = 0; i < k; ++i) y[i] = from_bf16(p[32 * (i / 2) + i % 2]);
+                return;
+            }
+            case PG_W_Q8_0: return read_blocks<Q8_0>(w + panel * (k / 32) * Q8_0::kBytes, lane, k, y);
+            case PG_W_Q4_0: return read_blocks<Q4_0>(w + panel * (k / 32) * Q4_0::kBytes, lane, k, y);
+            default: return read_blocks<Q4_1>(w + panel * (k / 32) * Q4_1::kBytes, lane, k, y);
+        }
+    }
+
+    template <class Format>
+    static void read_blocks(const char* w, int64_t lane, int64_t k, float* y) {
+        for (int64_t b = 0; b < k / 32; ++b, w += Format::kBytes, y += 32) {
+            const float d = half_at(w, lane), m = Format::kHasMin ? half_at(w + 32, lane) : 0.0f;
+            const uint8_t* q = (const uint8_t*)w + (Format::kHasMin ? 64 : 32) + 4 * lane;
+            for (int i = 0; i < 32; ++i) {
+                int value;
+                if constexpr (Format::kBytes >= 512) value = q[64 * (i / 4) + i % 4];
+                else value = i < 16 ? q[64 * (i / 4) + i % 4] & 15 : q[64 * (i / 4 - 4) + i % 4] >> 4;
+                y[i] = d * float(value - Format::kZero) + m;
+            }
+        }
+    }
+};
+
+struct gather_rows_op : SimpleOp {
+    static void run(const Call& c, int, int, int num_threads) {
+        int64_t begin, end;
+        while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end))
+            for (int64_t r = begin; r < end; ++r) {
+                int64_t from = index_at(c.t[1], r);
+                if (from < 0 || from >= c.t[0].rows) report(c, "gather_rows: an index is outside the matrix");
+                else memcpy(row<float>(c.t[2], r), row<float>(c.t[0], from), size_t(c.t[2].cols) * 4);
+            }
+    }
+};

@@ -1,0 +1,72 @@
+// Products with float32 and bfloat16 panels: panel [K][16] of floats, or [K/2][16][2] of bfloat16 pairs.
+//
+// Every output is one accumulator that walks K from 0 up, whatever the tile it is computed in: the same bits for one
+// row and for a thousand. Activations are read as stored (f32) or from a rounded copy (bf16).
+#pragma once
+
+struct F32Panels {
+    using Element = float;
+    static constexpr int kStep = 1;   // values of K a vector of weights holds per output
+    PG_INLINE f32x16 step(f32x16 acc, const char* w, const float* x) { return fma(load((const float*)w), set1(*x), acc); }
+};
+
+struct Bf16Panels {
+    using Element = uint16_t;
+    static constexpr int kStep = 2;
+    PG_INLINE f32x16 step(f32x16 acc, const char* w, const uint16_t* x) { return dot_bf16(acc, load_bytes(w), x); }
+};
+
+// What happens to a finished accumulator: bias, residual, store.
+struct Finish {
+    const pg_tensor *bias, *residual, *out;
+    PG_MEMBER void operator()(f32x16 acc, int64_t r, int64_t n) const {
+        int64_t count = out->cols - n < 16 ? out->cols - n : 16;
+        if (bias->data) acc = add(acc, load_some(static_cast<const float*>(bias->data) + n, count));
+        if (residual->data) acc = add(acc, load_some(row<float>(*residual, r) + n, count));
+        float* y = row<float>(*out, r) + n;
+        if (count == 16) store(y, acc);
+        else store_n(y, acc, count);
+    }
+};
+
+template <class Panels, int kRows, int kPanels>
+static void float_tile(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
+                       int64_t steps, int64_t r, int64_t n, const Finish& finish) {
+    f32x16 acc[kRows][kPanels];
+    for (int a = 0; a < kRows; ++a)
+        for (int p = 0; p < kPanels; ++p) acc[a][p] = zero();
+    for (int64_t k = 0; k < steps; ++k)
+#pragma GCC unroll 8
+        for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
+            for (int p = 0; p < kPanels; ++p)
+                acc[a][p] = Panels::step(acc[a][p], w + p * panel_bytes + k * 64, x + a * x_stride + k * Panels::kStep);
+    for (int a = 0; a < kRows; ++a)
+        for (int p = 0; p < kPanels; ++p) finish(acc[a][p], r + a, n + 16 * p);
+}
+
+template <class Panels, int kPanels, int kRows = kTileRows>
+static void float_rows(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
+                       int64_t steps, int64_t r, int64_t rows, int64_t n, const Finish& finish) {
+    while (rows >= kRows) {
+        float_tile<Panels, kRows, kPanels>(x, x_stride, w, panel_bytes, steps, r, n, finish);
+        x += kRows * x_stride;
+        r += kRows;
+        rows -= kRows;
+    }
+    if constexpr (kRows > 1)
+        if (rows) float_rows<Panels, kPanels, kRows - 1>(x, x_stride, w, panel_bytes, steps, r, rows, n, finish);
+}
+
+// All rows against panels [begin, end).
+template <class Panels>
+static void float_panels(const typename Panels::Element* x, int64_t x_stride, const pg_tensor& weight, int64_t rows,
+                         int64_t begin, int64_t end, const Finish& finish) {
+    const int64_t steps = (weight.cols + Panels::kStep - 1) / Panels::kStep, panel_bytes = steps * 64;
+    const char* w = static_cast<const char*>(weight.data);
+    int64_t p = begin;
+    for (; p + kTilePanels <= end; p += kTilePanels)
+        float_rows<Panels, kTilePanels>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, 0, rows, p * 16, finish);
+    for (; p < end; ++p)
+        float_rows<Panels, 1>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, 0, rows, p * 16, finish);
+}

@@ -1,0 +1,69 @@
+// exp and tanh on vectors, reductions in a fixed order, rounding to bfloat16.
+#pragma once
+
+// exp(x) to about 1 ulp; 0 below -87.3 (and for -inf), finite and huge above 88. NaN gives NaN or a finite number.
+PG_INLINE f32x16 vexp(f32x16 x) {
+    const f32x16 magic = set1(12582912.0f);   // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    f32x16 c = min(max(x, set1(-87.3f)), set1(88.0f));
+    f32x16 shifted = fma(c, set1(1.44269504088896341f), magic);
+    f32x16 n = sub(shifted, magic);
+    f32x16 r = fma(n, set1(-0.693359375f), c);
+    r = fma(n, set1(2.12194440e-4f), r);
+    f32x16 p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = add(fma(p, mul(r, r), r), set1(1.0f));
+    f32x16 y = unbits(iadd(bits(p), shift_left<23>(bits(shifted))));
+    return select_lt(x, set1(-87.3f), zero(), y);
+}
+
+PG_INLINE f32x16 vtanh(f32x16 x) {
+    f32x16 z = mul(x, x);
+    f32x16 p = set1(-5.70498872745e-3f);
+    p = fma(p, z, set1(2.06390887954e-2f));
+    p = fma(p, z, set1(-5.37397155531e-2f));
+    p = fma(p, z, set1(1.33314422036e-1f));
+    p = fma(p, z, set1(-3.33332819422e-1f));
+    f32x16 small = fma(mul(p, z), x, x);
+    f32x16 e = vexp(min(max(add(x, x), set1(-40.0f)), set1(40.0f)));
+    f32x16 large = sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+    return select_lt(z, set1(0.390625f), small, large);
+}
+
+// The sum of 16 lanes by halves: (i, i+8), (i, i+4), (i, i+2), (i, i+1).
+PG_INLINE float reduce_add(f32x16 v) {
+    float t[16];
+    store(t, v);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) t[i] += t[i + half];
+    return t[0];
+}
+
+PG_INLINE float reduce_max(f32x16 v) {
+    float t[16];
+    store(t, v);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
+    return t[0];
+}
+
+PG_INLINE uint16_t to_bf16(float x) {   // nearest, ties to even; NaN stays NaN
+    uint32_t u;
+    __builtin_memcpy(&u, &x, 4);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+    return uint16_t((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 64 : rounded);
+}
+
+PG_INLINE float from_bf16(uint16_t h) {
+    uint32_t u = uint32_t(h) << 16;
+    float x;
+    __builtin_memcpy(&x, &u, 4);
+    return x;
+}
+
+static inline void row_to_bf16(const float* __restrict x, uint16_t* __restrict y, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
+}

@@ -1,0 +1,95 @@
+#include "program.h"
+
+#include <stdlib.h>
+#include <string>
+
+#include "ops.h"
+
+namespace pg {
+
+void FreeDeleter::operator()(void* p) const { free(p); }
+
+Bytes allocate(int64_t bytes) {
+    return Bytes(static_cast<char*>(aligned_alloc(64, size_t(round_up(bytes < 64 ? 64 : bytes, 64)))));
+}
+
+enum Opcode {
+#define PG_CODE(name, tensors, domain) kOp_##name,
+    PG_OPS(PG_CODE)
+#undef PG_CODE
+        kNumOps
+};
+
+int opcode_of_mark() { return kOp_mark; }
+
+std::string Sequence::load(const pg_instruction* code, int64_t count, const Op* ops, int num_threads) {
+    code_.assign(code, code + count);
+    calls_.assign(size_t(count), Call{});
+    tickets_.reset(new std::atomic<int64_t>[size_t(count) * kMaxPhases]);
+    int64_t need = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        const pg_instruction& in = code_[size_t(k)];
+        std::string where = "instruction " + std::to_string(k) + ": ";
+        if (in.opcode < 0 || in.opcode >= kNumOps) return where + "unknown opcode " + std::to_string(in.opcode);
+        for (const pg_tensor& t : in.t)
+            if (t.symbol < PG_FIXED || t.symbol > PG_R || t.rows < 0) return where + "a tensor has bad rows";
+        const Op& op = ops[in.opcode];
+        Call& c = calls_[size_t(k)];
+        c = Call{in.t, in.i, in.f, nullptr, &tickets_[size_t(k) * kMaxPhases], &fault_, 0};
+        c.rows = op.domain < 0 ? 0 : in.t[op.domain].rows;
+        if (const char* wrong = op.check(c)) return where + wrong;
+        int64_t bytes = op.scratch(c, num_threads);
+        need = bytes > need ? bytes : need;
+    }
+    if (need > scratch_bytes_ || !scratch_) {
+        scratch_ = allocate(need);
+        if (!scratch_) return "no memory for " + std::to_string(need) + " bytes of scratch";
+        scratch_bytes_ = need;
+    }
+    for (Call& c : calls_) c.scratch = scratch_.get();
+    return {};
+}
+
+std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress) {
+    for (size_t k = 0; k < code_.size(); ++k) {
+        pg_instruction& in = code_[k];
+        int domain = ops[in.opcode].domain;
+        if (rows_of)
+            for (pg_tensor& t : in.t)
+                if (t.symbol != PG_FIXED) t.rows = rows_of[t.symbol];
+        calls_[k].rows = domain < 0 ? 0 : in.t[domain].rows;
+        for (int p = 0; p < kMaxPhases; ++p) tickets_[k * kMaxPhases + size_t(p)].store(0, std::memory_order_relaxed);
+    }
+    fault_.store(nullptr);
+    ops_ = ops;
+    pool_ = &pool;
+    progress_ = progress;
+    pool.run(&Sequence::job, this);
+    const char* fault = fault_.load();
+    return fault ? fault : std::string();
+}
+
+void Sequence::job(void* self, int tid, int num_threads) { static_cast<Sequence*>(self)->step(tid, num_threads); }
+
+void Sequence::step(int tid, int num_threads) {
+    for (size_t k = 0; k < code_.size(); ++k) {
+        const pg_instruction& in = code_[k];
+        const Op& op = ops_[in.opcode];
+        if (in.opcode == kOp_mark) {
+            if (tid == 0 && progress_) {
+                progress_->marks.fetch_add(1);
+                progress_->marks.notify_all();
+            }
+        } else {
+            Call c = calls_[k];
+            int phases = op.phases(c, num_threads);
+            for (int p = 0; p < phases; ++p, ++c.ticket) {
+                op.run(c, p, tid, num_threads);
+                if (p + 1 < phases) pool_->barrier();
+            }
+        }
+        if (in.barrier) pool_->barrier();
+    }
+}
+
+}  // namespace pg

@@ -1,0 +1,71 @@
+// Runs one op, or a recorded list of them in a single call. Knows ops, never models.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "call.h"
+#include "threads.h"
+
+namespace pg {
+
+constexpr int kMaxPhases = 3;
+
+struct FreeDeleter {
+    void operator()(void* p) const;
+};
+using Bytes = std::unique_ptr<char, FreeDeleter>;
+Bytes allocate(int64_t bytes);   // 64-byte aligned
+
+int opcode_of_mark();
+
+struct Progress {
+    std::atomic<int64_t> marks{0};
+};
+
+// Instructions with everything that is fixed before the first run: checks done, scratch and tickets allocated.
+class Sequence {
+   public:
+    // Returns an empty string, or what is wrong with which instruction.
+    std::string load(const pg_instruction* code, int64_t count, const Op* ops, int num_threads);
+    // Runs with the given rows on the pool. Returns an empty string or the first fault.
+    std::string run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress);
+
+   private:
+    static void job(void* self, int tid, int num_threads);
+    void step(int tid, int num_threads);
+
+    std::vector<pg_instruction> code_;
+    std::vector<Call> calls_;
+    std::unique_ptr<std::atomic<int64_t>[]> tickets_;
+    Bytes scratch_;
+    int64_t scratch_bytes_ = 0;
+    std::atomic<const char*> fault_{nullptr};
+    const Op* ops_ = nullptr;
+    Pool* pool_ = nullptr;
+    Progress* progress_ = nullptr;
+};
+
+}  // namespace pg
+
+struct pg_handle {
+    pg_handle(int num_threads, const int* cpu_ids) : pool(new pg::Pool(num_threads, cpu_ids)) {}
+    std::unique_ptr<pg::Pool> pool;
+    const pg::Op* ops = nullptr;
+    const char* isa = nullptr;
+    std::mutex busy;
+    pg::Sequence single;   // op by op
+};
+
+struct pg_program {
+    pg_handle* handle;
+    std::vector<pg_instruction> recorded;   // rows at their most
+    pg::Sequence sequence;
+    pg::Progress progress;
+    int64_t most[4] = {0, 0, 0, 0};         // of each symbol; 0: not used
+    // What the sequence was loaded for: its scratch memory depends on both.
+    const pg::Op* ops = nullptr;
+    int num_threads = 0;
+};

@@ -1,0 +1,311 @@
+"""Record once, replay every step: a forward written against `ops` becomes one native program.
+
+    recorder = Recorder(max_rows={"T": 512, "S": 64, "R": 64})
+    ids_T = recorder.input(ids, rows="T")            # persistent numpy array, filled before each run
+    x_TD = ops.embedding(ids_T, table)               # returns a SymArray; nothing is computed
+    ...
+    program = recorder.finish(outputs=[logits_RV])
+    program.run(T=37, S=5, R=5)                      # one native call
+    program.output(0)                                # view, valid until the next run
+
+The number of rows of an array is a symbol: T tokens, S sequences, R logit rows. Arrays made while recording live in
+one arena, in slots sized for the most rows there can be and reused as soon as nothing reads them any more:
+
+    instruction   0   1 | 2 | 3   4 | 5        | = all threads meet (a barrier)
+    slot A        w   r |   |       |          instructions between two barriers touch different data and may
+    slot B            w | r |       |          overlap in time, so a slot is given away only after the barrier
+    slot C              | w | r   r | r        that follows its last reader
+
+numpy arrays, weights and cache planes given to an op while recording are captured by address and kept alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pagoda.kernels.cpu import library
+from pagoda.kernels.cpu.library import SYMBOLS, Instruction, KernelFault, Library, Tensor
+from pagoda.kernels.table import CannotRecord
+from pagoda.kernels.weight import Weight
+
+__all__ = ["Program", "Recorder", "SymArray"]
+
+_ALIGN = 64
+_USES_SCRATCH = {"linear", "attention", "sample"}  # of which two must not overlap
+_WRITES = {"kv_write": (2, 3)}  # every other op writes its last operand
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Memory behind SymArrays: an outside array, or a part of the arena that lives for some groups."""
+
+    row_nbytes: int
+    outside: np.ndarray | None = None
+    nbytes: int = 0
+    offset: int = 0
+    first_group: int = -1
+    last_group: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class SymArray:
+    """An array that exists when the program runs. `shape` is (rows symbol, cols), or (rows symbol,) in one dimension."""
+
+    recorder: Recorder
+    slot: _Slot
+    shape: tuple[Any, ...]
+    dtype: np.dtype[Any]
+    first_col: int = 0
+    kernel_device: str = field(default="record", init=False)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, key: Any) -> SymArray:
+        """A column slice `x[:, a:b]`; nothing else can be had before the program runs."""
+        if not (self.ndim == 2 and isinstance(key, tuple) and len(key) == 2 and key[0] == slice(None)):
+            raise CannotRecord("slice", "only column slices `x[:, a:b]` of two-dimensional arrays can be taken")
+        if not isinstance(key[1], slice):
+            raise CannotRecord("slice", "a single column is not an array of rows")
+        start, stop, step = key[1].indices(self.shape[1])
+        if step != 1 or stop <= start:
+            raise CannotRecord("slice", f"columns {start}:{stop}:{step} are not a contiguous, non-empty range")
+        return SymArray(self.recorder, self.slot, (self.shape[0], stop - start), self.dtype, self.first_col + start)
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise CannotRecord("numpy", "a recorded array has no values before the program runs")
+
+
+@dataclass(frozen=True)
+class _Access:
+    """Columns [start, stop) of some memory, for finding out which instructions depend on each other."""
+
+    memory: int
+    start: int
+    stop: int
+
+    def overlaps(self, other: _Access) -> bool:
+        return self.memory == other.memory and self.start < other.stop and other.start < self.stop
+
+
+@dataclass
+class _Patch:
+    """An operand whose address is known only when the arena is laid out."""
+
+    instruction: Instruction
+    operand: int
+    slot: _Slot
+    byte_offset: int
+
+
+class Recorder:
+    """Collects instructions. `max_rows` gives the most rows of each symbol, which the program can never exceed."""
+
+    def __init__(self, *, max_rows: dict[str, int], lib: Library | None = None) -> None:
+        unknown = set(max_rows) - set(SYMBOLS)
+        assert not unknown, f"unknown row symbols {unknown}"
+        self.max_rows = dict(max_rows)
+        self._library = lib or library.default()
+        self._code: list[Instruction] = []
+        self._patches: list[_Patch] = []
+        self._slots: list[_Slot] = []
+        self._kept: list[Any] = []
+        self._group = 0
+        self._group_reads: list[_Access] = []
+        self._group_writes: list[_Access] = []
+        self._num_marks = 0
+
+    def input(self, array: np.ndarray, rows: str) -> SymArray:
+        """A persistent array, read (or written) in place by every run; it has room for the most rows of the symbol."""
+        if array.shape[0] < self.max_rows[rows]:
+            raise ValueError(f"an input of {array.shape[0]} rows cannot hold the {self.max_rows[rows]} rows of `{rows}`")
+        library.describe(array)  # refuses what no kernel can read
+        shape = (rows,) if array.ndim == 1 else (rows, array.shape[1])
+        return SymArray(self, _Slot(array.strides[0], outside=array), shape, array.dtype)
+
+    def temporary(self, rows: str, cols: int | None, dtype: np.dtype[Any]) -> SymArray:
+        """An uninitialised array in the arena."""
+        row_nbytes = (cols or 1) * dtype.itemsize
+        size = -(-max(self.max_rows[rows], 1) * row_nbytes // _ALIGN) * _ALIGN
+        slot = _Slot(row_nbytes, nbytes=size)
+        self._slots.append(slot)
+        return SymArray(self, slot, (rows,) if cols is None else (rows, cols), dtype)
+
+    def mark(self) -> int:
+        """A layer boundary: when a run passes it, its progress grows by one. Returns the mark's number, from 1."""
+        self._start_group()
+        self._code.append(self._library.instruction("mark", ()))
+        self._code[-1].barrier = 0
+        self._num_marks += 1
+        return self._num_marks
+
+    def emit(self, op: str, operands: Sequence[Any], ints: Sequence[int], floats: Sequence[float]) -> None:
+        """Appends one op. ValueError when its operands do not fit together."""
+        if op not in self._library.ops:
+            raise CannotRecord(op)
+        written = _WRITES.get(op, (len(operands) - 1,))
+        tensors, accesses = [], []
+        for k, operand in enumerate(operands):
+            tensors.append(self._tensor(operand))
+            if operand is not None:
+                accesses.append((k in written, _access(operand)))
+        if op in _USES_SCRATCH:
+            accesses.append((True, _Access(0, 0, 1)))
+        instruction = self._library.instruction(op, tensors, ints, floats)
+        instruction.barrier = 0
+        self._order([a for w, a in accesses if not w], [a for w, a in accesses if w])
+        for k, operand in enumerate(operands):
+            if isinstance(operand, SymArray) and operand.slot.outside is None:
+                self._use(operand, instruction, k)
+        self._code.append(instruction)
+        self._kept.append(operands)
+
+    def finish(self, outputs: Sequence[SymArray]) -> Program:
+        """Lays out the arena and makes the program. Outputs keep their memory until the next run."""
+        for output in outputs:
+            output.slot.last_group = self._group + 1
+        arena = _aligned(_plan([slot for slot in self._slots if slot.first_group >= 0]))
+        code = (Instruction * len(self._code))(*self._code)
+        place = {id(instruction): k for k, instruction in enumerate(self._code)}
+        for patch in self._patches:
+            target = code[place[id(patch.instruction)]].t[patch.operand]
+            target.data = arena.ctypes.data + patch.slot.offset + patch.byte_offset
+        return Program(self._library, code, arena, list(outputs), self.max_rows, self._kept)
+
+    def _tensor(self, operand: Any) -> Tensor:
+        if not isinstance(operand, SymArray):
+            return library.describe(operand)
+        assert operand.recorder is self, "an array of another recorder"
+        slot, item = operand.slot, operand.dtype.itemsize
+        rows = self.max_rows[operand.shape[0]]
+        cols, stride = (1, 1) if operand.ndim == 1 else (operand.shape[1], slot.row_nbytes // item)
+        # Until the arena is laid out an address stands in; only "is it given" is looked at before.
+        address = slot.outside.ctypes.data + operand.first_col * item if slot.outside is not None else _ALIGN
+        return Tensor(address, rows, cols, stride, library.DTYPES[operand.dtype], SYMBOLS[operand.shape[0]])
+
+    def _use(self, array: SymArray, instruction: Instruction, operand: int) -> None:
+        slot = array.slot
+        slot.first_group = self._group if slot.first_group < 0 else slot.first_group
+        slot.last_group = self._group
+        self._patches.append(_Patch(instruction, operand, slot, array.first_col * array.dtype.itemsize))
+
+    def _order(self, reads: list[_Access], writes: list[_Access]) -> None:
+        """Puts a barrier before the next instruction when it depends on the group it would join."""
+        clash = any(w.overlaps(x) for w in writes for x in (*self._group_reads, *self._group_writes))
+        clash = clash or any(r.overlaps(x) for r in reads for x in self._group_writes)
+        if clash:
+            self._start_group()
+        self._group_reads += reads
+        self._group_writes += writes
+
+    def _start_group(self) -> None:
+        if self._code:
+            self._code[-1].barrier = 1
+        self._group += 1
+        self._group_reads, self._group_writes = [], []
+
+
+class Program:
+    """A recorded forward. Runs are exclusive: one at a time, and the views of the last one end with the next."""
+
+    def __init__(
+        self,
+        lib: Library,
+        code: Any,
+        arena: np.ndarray,
+        outputs: list[SymArray],
+        max_rows: dict[str, int],
+        kept: list[Any],
+    ) -> None:
+        self._library, self._arena, self._kept = lib, arena, kept
+        self._outputs = outputs
+        self._max_rows = max_rows
+        self._rows = dict.fromkeys(SYMBOLS, 0)
+        self.num_instructions = len(code)
+        self.num_barriers = sum(instruction.barrier for instruction in code)
+        self.arena_nbytes = int(arena.nbytes)
+        self._handle = lib.dll.pg_program_create(lib.handle, code, len(code))
+        if not self._handle:
+            raise KernelFault(lib.last_error())
+
+    def run(self, *, T: int = 0, S: int = 0, R: int = 0) -> None:
+        """One native call. KernelFault when rows exceed what was recorded for or an operand holds something impossible."""
+        self._library.num_calls += 1
+        if self._library.dll.pg_program_run(self._handle, T, S, R):
+            raise KernelFault(self._library.last_error())
+        self._rows = {"T": T, "S": S, "R": R}
+
+    def output(self, index: int) -> np.ndarray:
+        """The rows of the latest run, a view into memory that the next run overwrites."""
+        array = self._outputs[index]
+        rows, slot = self._rows[array.shape[0]], array.slot
+        if slot.outside is not None:
+            whole = slot.outside
+        else:
+            end = slot.offset + self._max_rows[array.shape[0]] * slot.row_nbytes
+            whole = self._arena[slot.offset : end].view(array.dtype)
+            whole = whole if array.ndim == 1 else whole.reshape(-1, slot.row_nbytes // array.dtype.itemsize)
+        if array.ndim == 1:
+            return whole[:rows]
+        return whole[:rows, array.first_col : array.first_col + array.shape[1]]
+
+    @property
+    def progress(self) -> int:
+        """Marks passed by the run under way, or by the latest one. May be read from any thread."""
+        return int(self._library.dll.pg_program_progress(self._handle))
+
+    def wait_mark(self, mark: int, timeout: float) -> bool:
+        """Waits until a run has passed the mark; False after `timeout` seconds. For other threads than the runner's."""
+        return bool(self._library.dll.pg_program_wait(self._handle, mark, int(timeout * 1e6)) >= mark)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.dll.pg_program_free(self._handle)
+
+
+def _access(operand: Any) -> _Access:
+    if isinstance(operand, SymArray):
+        stop = operand.first_col + (1 if operand.ndim == 1 else operand.shape[1])
+        if operand.slot.outside is not None:
+            return _whole(operand.slot.outside)
+        return _Access(id(operand.slot), operand.first_col, stop)
+    return _whole(operand.data if isinstance(operand, Weight) else operand)
+
+
+def _whole(array: np.ndarray) -> _Access:
+    """All of the memory an array is a view of: two views of one array are taken to overlap."""
+    root: Any = array
+    while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
+        root = root.base
+    return _Access(id(root), 0, 1)
+
+
+def _plan(slots: list[_Slot]) -> int:
+    """Gives every slot an offset such that slots alive in the same group never overlap. -> bytes of the arena."""
+    size, alive = 0, list[_Slot]()
+    for slot in sorted(slots, key=lambda s: s.first_group):
+        alive = sorted((s for s in alive if s.last_group >= slot.first_group), key=lambda s: s.offset)
+        offset = 0
+        for other in alive:
+            if offset + slot.nbytes <= other.offset:
+                break
+            offset = max(offset, other.offset + other.nbytes)
+        slot.offset = offset
+        alive.append(slot)
+        size = max(size, offset + slot.nbytes)
+    return size
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    raw = np.zeros(nbytes + _ALIGN, np.uint8)
+    start = -raw.ctypes.data % _ALIGN
+    return raw[start : start + nbytes]
+
+
+assert ctypes.sizeof(Tensor) == 40

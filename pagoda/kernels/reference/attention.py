@@ -1,0 +1,81 @@
+"""References of the ops on the paged cache. The cache is a numpy `KvPlane`; queries may be numpy or torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from pagoda.kernels.kv import DTYPES, LANES, KvPlane, read_tokens
+from pagoda.kernels.table import implements
+
+__all__ = ["attention", "kv_write"]
+
+Array = Any
+
+
+@implements("kv_write", device="reference")
+def kv_write(k_TD: Array, v_TD: Array, cache: KvPlane, slots_T: Array) -> None:
+    slots = np.asarray(slots_T)
+    kept = slots >= 0
+    block, offset = np.divmod(slots[kept], cache.block_size)
+    kind = DTYPES[cache.dtype]
+    heads = (-1, cache.num_kv_heads, cache.head_dim)
+    k = np.asarray(k_TD)[kept].reshape(heads).astype(kind)
+    cache.v[block, :, offset, :] = np.asarray(v_TD)[kept].reshape(heads).astype(kind)
+    group, lane = np.divmod(offset, LANES)
+    if cache.dtype == "bfloat16":
+        cache.k[block, :, group, :, lane, :] = k.reshape(*k.shape[:2], -1, 2)
+    else:
+        cache.k[block, :, group, :, lane] = k
+
+
+@implements("attention", device="reference")
+def attention(
+    q_TD: Array,
+    cache: KvPlane,
+    block_table_SB: Array,
+    query_start_S1: Array,
+    seq_lens_S: Array,
+    *,
+    scale: float,
+    head_dim: int,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    out: Array | None = None,
+) -> Array:
+    xp = array_namespace(q_TD)
+    o_TD = xp.zeros_like(q_TD) if out is None else out
+    table = np.asarray(block_table_SB)
+    for s, seq_len in enumerate(int(n) for n in seq_lens_S):
+        first, stop = int(query_start_S1[s]), int(query_start_S1[s + 1])
+        if first == stop:
+            continue
+        k, v = (xp.asarray(x) for x in read_tokens(cache, table[s], seq_len))  # (keys, kv heads, dim)
+        q = xp.reshape(q_TD[first:stop, :], (stop - first, cache.num_kv_heads, -1, head_dim))
+        position = xp.arange(seq_len - (stop - first), seq_len)[:, None]
+        key = xp.arange(seq_len)[None, :]
+        seen = key <= position
+        if window > 0:
+            seen = seen & (key > position - window)
+        y = _attend(q, k, v, seen, scale=scale, soft_cap=soft_cap)
+        o_TD[first:stop, :] = xp.reshape(y, (stop - first, -1))
+    return o_TD
+
+
+def _attend(q_QHGD: Array, k_JHD: Array, v_JHD: Array, seen_QJ: Array, *, scale: float, soft_cap: float) -> Array:
+    """softmax(scale * q.k, over the seen keys) v for each head; G query heads share a key head H. -> (Q, H, G, D)."""
+    xp = array_namespace(q_QHGD)
+    q_HGQD = xp.permute_dims(q_QHGD, (1, 2, 0, 3))
+    k_H1DJ = xp.permute_dims(k_JHD, (1, 2, 0))[:, None, :, :]
+    v_H1JD = xp.permute_dims(v_JHD, (1, 0, 2))[:, None, :, :]
+    scores = (q_HGQD @ k_H1DJ) * scale
+    if soft_cap > 0:
+        scores = soft_cap * xp.tanh(scores / soft_cap)
+    # A key that is not seen may hold anything, NaN included: it is masked out of both products.
+    scores = xp.where(seen_QJ, scores, xp.full_like(scores, -math.inf))
+    p = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
+    p = p / xp.sum(p, axis=-1, keepdims=True)
+    return xp.permute_dims(p @ v_H1JD, (2, 0, 1, 3))

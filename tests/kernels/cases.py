@@ -1,0 +1,184 @@
+"""Inputs of every op for the conformance and invariance tests, and the tolerance each result is held to.
+
+A case is a function of a random generator that returns (positional arguments, keyword arguments). `naive` is the same
+computation done plainly in the kernel's own precision: the kernel may be at most twice as wrong as that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pagoda.kernels import ops
+from pagoda.kernels.kv import KvPlane, allocate_kv_plane
+from pagoda.kernels.weight import FORMATS, Weight, pack
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    name: str
+    make: Callable[[np.random.Generator], Arguments]
+    naive: Callable[..., np.ndarray] | None = None  # None: float32 all the way, held to float32 rounding
+    exact: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def int8_blocks(x_TK: np.ndarray) -> np.ndarray:
+    """Activations rounded to 8 bits in blocks of 32, as the block formats' products round them."""
+    blocks = x_TK.reshape(len(x_TK), -1, 32)
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / 127
+    scale[scale == 0] = 1
+    return (np.rint(blocks / scale) * scale).reshape(x_TK.shape).astype(np.float32)
+
+
+def weight(rng: np.random.Generator, format: str, n: int, k: int) -> Weight:
+    return pack(format, [normal(rng, n, k) / np.sqrt(k)])
+
+
+def naive_linear(x: np.ndarray, w: Weight, bias: np.ndarray | None = None, *, residual: np.ndarray | None = None, **_: Any) -> np.ndarray:
+    rounded = {"f32": lambda v: v, "bf16": bf16}.get(w.format, int8_blocks)(x)
+    y = rounded @ w.dense.T
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
+
+
+def linear_case(format: str, rows: int, k: int, n: int, extras: str) -> Case:
+    def make(rng: np.random.Generator) -> Arguments:
+        wide = normal(rng, rows, k + 7)
+        x = wide[:, 3 : 3 + k]  # a column slice
+        bias = normal(rng, n) if "b" in extras else None
+        kwargs: dict[str, Any] = {"residual": normal(rng, rows, n)} if "r" in extras else {}
+        if "o" in extras:
+            kwargs["out"] = np.zeros((rows, n + 5), np.float32)[:, 2 : 2 + n]
+        return (x, weight(rng, format, n, k), bias), kwargs
+
+    return Case("linear", f"{format}-{rows}x{k}x{n}{'-' if extras else ''}{extras}", make, naive_linear)
+
+
+def filled_cache(rng: np.random.Generator, dtype: str, *, block_size: int, heads: int, dim: int, lens: list[int]) -> tuple[KvPlane, np.ndarray]:
+    """A plane with random keys and values for sequences of these lengths, at scattered pages, NaN everywhere else."""
+    pages = [-(-n // block_size) for n in lens]
+    cache = allocate_kv_plane(dtype=dtype, block_size=block_size, num_blocks=sum(pages) + 2, num_kv_heads=heads, head_dim=dim)
+    cache.k[...] = np.nan
+    cache.v[...] = np.nan
+    order = rng.permutation(sum(pages) + 2).astype(np.int32)
+    table = np.full((len(lens), max(pages) + 1), 0, np.int32)
+    for s, n in enumerate(lens):
+        table[s, : pages[s]] = order[sum(pages[:s]) : sum(pages[: s + 1])]
+        at = np.arange(n)
+        slots = table[s, at // block_size].astype(np.int64) * block_size + at % block_size
+        ops.kv_write(normal(rng, n, heads * dim), normal(rng, n, heads * dim), cache, slots)
+    return cache, table
+
+
+def attention_case(dtype: str, name: str, *, lens: list[int], queries: list[int], heads: int, group: int, dim: int, block_size: int = 16, window: int = 0, cap: float = 0.0) -> Case:
+    def make(rng: np.random.Generator) -> Arguments:
+        cache, table = filled_cache(rng, dtype, block_size=block_size, heads=heads, dim=dim, lens=lens)
+        q = normal(rng, sum(queries), heads * group * dim)
+        starts = np.cumsum([0, *queries]).astype(np.int32)
+        args = (q, cache, table, starts, np.array(lens, np.int32))
+        return args, {"scale": dim**-0.5, "head_dim": dim, "window": window, "soft_cap": cap}
+
+    def naive(q: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
+        from pagoda.kernels.table import backend
+
+        with backend("reference"):
+            return np.asarray(ops.attention(bf16(q), *args, **kwargs))
+
+    return Case("attention", f"{dtype}-{name}", make, naive if dtype == "bfloat16" else None)
+
+
+def rope_table(positions: int, width: int) -> np.ndarray:
+    angles = np.outer(np.arange(positions), 10000.0 ** (-np.arange(width // 2) / (width // 2)))
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def rope_case(name: str, heads: int, dim: int, width: int, index: Any) -> Case:
+    def make(rng: np.random.Generator) -> Arguments:
+        positions = rng.integers(0, 50, 5).astype(index)
+        return (normal(rng, 5, heads * dim), positions, rope_table(50, width)), {"head_dim": dim}
+
+    return Case("rope", name, make)
+
+
+def sample_inputs(rng: np.random.Generator, rows: int, vocab: int, *, spread: float = 3.0) -> tuple[np.ndarray, ...]:
+    """Logits with ties and masked tokens, and parameters that mix every kind of row."""
+    logits = np.round(normal(rng, rows, vocab) * spread * 8) / 8
+    logits[rng.random((rows, vocab)) < 0.05] = -np.inf
+    temperature = rng.choice(np.array([0.0, 0.3, 0.8, 1.0, 1.7], np.float32), rows)
+    top_k = rng.choice(np.array([-1, 0, 1, 2, 5, 40, vocab, vocab + 3], np.int32), rows)
+    top_p = rng.choice(np.array([0.0, 0.1, 0.5, 0.9, 0.999, 1.0], np.float32), rows)
+    min_p = rng.choice(np.array([0.0, 0.0, 0.05, 0.3], np.float32), rows)
+    seed = rng.integers(0, 2**64, rows, np.uint64)
+    position = rng.integers(0, 2**40, rows, np.int64)
+    return logits, temperature, top_k, top_p, min_p, seed, position
+
+
+def _cases() -> list[Case]:
+    cases = [linear_case(f, rows, 64, 48, "") for f in FORMATS for rows in (1, 2, 3, 4, 7, 13)]
+    cases += [linear_case(f, 6, 96, 33, "bro") for f in FORMATS]
+    cases += [linear_case(f, 2, 576, 192, "r") for f in FORMATS]
+    cases += [linear_case(f, 5, 37, 20, "b") for f in ("f32", "bf16")]
+    cases += [linear_case(f, 70, 64, 128, "b") for f in FORMATS]
+    for format in FORMATS:
+        cases.append(Case("embedding", format, lambda rng, f=format: ((rng.integers(0, 50, 9), weight(rng, f, 50, 64)), {"scale": 1.5})))
+    cases.append(Case("embedding", "bf16-odd", lambda rng: ((rng.integers(0, 7, 3).astype(np.int32), weight(rng, "bf16", 7, 9)), {})))
+    for width, group in ((64, 64), (24, 24), (192, 64), (40, 8), (576, 576)):
+        cases.append(Case("rms_norm", f"{width}-by-{group}", lambda rng, w=width, g=group: ((normal(rng, 5, w), normal(rng, g)), {"eps": 1e-5})))
+    cases += [rope_case("full", 3, 64, 64, np.int64), rope_case("part", 2, 80, 32, np.int32), rope_case("tiny", 4, 8, 8, np.int64)]
+    for kind in ("silu", "gelu_tanh", "gelu", "relu"):
+        cases.append(Case("act_and_mul", kind, lambda rng, k=kind: ((normal(rng, 4, 70) * 4, k), {})))
+    cases.append(Case("add", "ragged", lambda rng: ((normal(rng, 4, 37), normal(rng, 4, 37)), {}), exact=True))
+    cases.append(Case("scale", "ragged", lambda rng: ((normal(rng, 4, 37), 0.7), {}), exact=True))
+    cases.append(Case("soft_cap", "ragged", lambda rng: ((normal(rng, 4, 37) * 60, 30.0), {})))
+    cases.append(Case("gather_rows", "int64", lambda rng: ((normal(rng, 9, 21), np.array([8, 0, 3, 3])), {}), exact=True))
+    cases.append(Case("row_logsumexp", "ragged", lambda rng: ((normal(rng, 4, 1003) * 9,), {})))
+    cases.append(Case("row_is_finite", "mixed", lambda rng: ((_odd_rows(rng),), {}), exact=True))
+    cases.append(Case("empty_like_rows", "wider", lambda rng: ((normal(rng, 4, 5), 9), {})))
+    for vocab in (5, 300, 5000):
+        cases.append(Case("sample", f"vocab{vocab}", lambda rng, v=vocab: (sample_inputs(rng, 60, v), {}), exact=True))
+    for dtype in ("float32", "bfloat16"):
+        mixed = {"lens": [70, 1, 33, 130], "queries": [1, 1, 33, 70], "heads": 2, "group": 3, "dim": 64}
+        cases += [
+            Case("kv_write", dtype, lambda rng, d=dtype: (_kv_write_arguments(rng, d), {}), exact=True),
+            attention_case(dtype, "mixed", **mixed),
+            attention_case(dtype, "window", **mixed, window=20),
+            attention_case(dtype, "cap", **mixed, cap=5.0),
+            attention_case(dtype, "tiny-heads", lens=[40, 9], queries=[40, 2], heads=4, group=2, dim=8, block_size=32),
+            attention_case(dtype, "dim80", lens=[50, 9], queries=[3, 9], heads=1, group=5, dim=80),
+            attention_case(dtype, "dim256", lens=[65], queries=[4], heads=1, group=2, dim=256, window=40, cap=20.0),
+        ]
+    return cases
+
+
+def _odd_rows(rng: np.random.Generator) -> np.ndarray:
+    x = normal(rng, 6, 50)
+    x[1, 7], x[2, 49], x[3, 3], x[4, :] = np.nan, np.inf, -np.inf, -np.inf
+    return x
+
+
+def _kv_write_arguments(rng: np.random.Generator, dtype: str) -> tuple[Any, ...]:
+    cache = allocate_kv_plane(dtype=dtype, block_size=32, num_blocks=4, num_kv_heads=2, head_dim=20)
+    slots = rng.permutation(128)[:25]
+    slots[[3, 9]] = -1
+    return normal(rng, 25, 40), normal(rng, 25, 40), cache, slots
+
+
+CASES = _cases()
