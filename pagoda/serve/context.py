@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,12 @@ from typing import Any, Protocol
 from pagoda.base.config import ServerConfig
 from pagoda.base.errors import EngineDead, NotFound
 from pagoda.base.types import RequestOutput, SamplingParams
+from pagoda.engine.stats import EngineStats
 from pagoda.serve.metrics import ServerMetrics
 
 __all__ = ["ChatTemplateLike", "ModelContext", "ServerState", "ServingEngine", "TokenizerLike"]
 
+_STATS_SECONDS = 1.0
 _TEXT_THREADS = 2  # templating and tokenizing; more would only take cores from the kernels
 
 
@@ -62,6 +65,9 @@ class ServingEngine(Protocol):
     async def check_health(self) -> None:
         """Raises EngineDead when the loop is dead or makes no progress."""
 
+    async def stats(self) -> EngineStats:
+        """The core's figures as of now."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelContext:
@@ -76,6 +82,7 @@ class ModelContext:
     default_params: dict[str, Any] = field(default_factory=dict)  # the server's sampling defaults
     response_role: str = "assistant"
     created: int = 0  # seconds since 1970, shown by /v1/models
+    cache_facts: dict[str, object] = field(default_factory=dict)  # labels of the metric cache_config_info
 
     def check_model(self, name: str | None) -> None:
         """Raises NotFound unless `name` is one of ours, or not given."""
@@ -101,7 +108,7 @@ class ServerState:
     def ready(self, context: ModelContext, engine: ServingEngine) -> None:
         """The model is loaded: requests are taken from now on."""
         self._context, self._engine = context, engine
-        self.metrics.set_model(context.model_names[0], context.max_model_len)
+        self.metrics.set_model(context.model_names[0], **context.cache_facts)
 
     def fail(self, why: str) -> None:
         """Loading failed: every request is answered with `why`."""
@@ -128,6 +135,16 @@ class ServerState:
         """Raises EngineDead unless the engine is loaded and its loop makes progress. Draining is healthy."""
         _, engine = self._loaded()
         await engine.check_health()
+
+    async def refresh_metrics(self) -> None:
+        """Fetch the core's figures. In a long step they come late: then the last ones stand."""
+        if self._engine is None:
+            return
+        try:
+            async with asyncio.timeout(_STATS_SECONDS):
+                self.metrics.update_core(await self._engine.stats())
+        except (TimeoutError, EngineDead):
+            return
 
     def engine_request_id(self, response_id: str, prompt_idx: int) -> str:
         """Unique even when a client sends the same X-Request-Id twice."""

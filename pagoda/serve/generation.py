@@ -8,7 +8,6 @@ takes its requests out of the engine.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -137,19 +136,16 @@ class GenerateEndpoint:
     async def _one(self, call: Call, engine: ServingEngine, prompt_idx: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         state = self._state
         request_id = state.engine_request_id(call.response_id, prompt_idx)
-        watch = state.metrics.watch_request(call.params, time.monotonic())
         outputs = engine.generate(call.prompts[prompt_idx], call.params, request_id, priority=call.priority, cache_salt=call.cache_salt)
         state.active.add(request_id)
         try:
             async with aclosing(outputs):
                 async for output in outputs:
-                    watch.saw(output)
                     if any(sample.finish_reason == "error" for sample in output.outputs):
                         raise RequestFailed("the engine could not finish this request")
                     yield prompt_idx, output
         finally:
             state.active.discard(request_id)
-            watch.ended()
 
 
 async def _merge(streams: list[AsyncGenerator[tuple[int, RequestOutput], None]]) -> AsyncGenerator[tuple[int, RequestOutput], None]:

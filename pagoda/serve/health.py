@@ -50,4 +50,6 @@ async def load(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus text exposition."""
-    return Response(state_of(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    state = state_of(request)
+    await state.refresh_metrics()
+    return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

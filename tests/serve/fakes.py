@@ -24,6 +24,7 @@ from pagoda.base.types import (
     SamplingParams,
     TokenLogprobs,
 )
+from pagoda.engine.stats import EngineStats
 from pagoda.serve.app import build_app
 from pagoda.serve.context import ModelContext, ServerState
 from pagoda.text.output import TextState
@@ -69,6 +70,7 @@ class FakeEngine:
     def __init__(self, tokenizer: Tokenizer, reply: str = "Hello wörld, this is it.") -> None:
         self.tokenizer, self.reply = tokenizer, reply
         self.delay = 0.0  # seconds a step
+        self.core_stats = EngineStats()
         self.is_dead = False
         self.params: dict[str, SamplingParams] = {}
         self.prompts: dict[str, dict[str, Any]] = {}
@@ -81,6 +83,9 @@ class FakeEngine:
     async def check_health(self) -> None:
         if self.is_dead:
             raise EngineDead("the engine process has stopped")
+
+    async def stats(self) -> EngineStats:
+        return self.core_stats
 
     async def abort(self, request_id: str) -> None:
         self._aborted.add(request_id)
@@ -220,6 +225,7 @@ class Rig:
             tokenizer=self.tokenizer,
             template=self.template,
             created=1700000000,
+            cache_facts={"block_size": 16, "num_gpu_blocks": 100},
         )
         self.base_url = ""
 

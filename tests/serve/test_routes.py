@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import httpx
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagoda.engine.stats import EngineStats, StatsRecorder
 from pagoda.serve.app import routes
 from pagoda.serve.context import ServerState
-from pagoda.serve.metrics import Histogram, ServerMetrics, StatsLog
+from pagoda.serve.metrics import ServerMetrics, StatsLog
 from tests.serve.fakes import MAX_MODEL_LEN, MODEL, Rig
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -54,47 +55,43 @@ def test_tokenize(http: httpx.Client) -> None:
     assert http.post("/tokenize", json={"model": "no", "prompt": "a"}).status_code == 404
 
 
-def samples(text: str) -> dict[tuple[str, str], float]:
-    """(name, the label that matters) -> value, by the reference parser."""
-    found = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found[sample.name, sample.labels.get("finished_reason", sample.labels.get("le", ""))] = sample.value
-    return found
+def some_stats() -> EngineStats:
+    recorder = StatsRecorder(MAX_MODEL_LEN, 99)
+    for seconds, times in ((0.001, 1), (0.0015, 2), (99.0, 1)):
+        recorder.stats.histograms["inter_token_latency_seconds"].observe(seconds, times)
+    return msgspec.structs.replace(
+        recorder.stats, num_requests_running=2, num_requests_waiting=3, num_requests_waiting_deferred=1, kv_cache_usage_perc=0.25,
+        prompt_tokens=500, prompt_tokens_cached=50, generation_tokens=1000, prefix_cache_queries=200, prefix_cache_hits=50,
+        request_success={"stop": 4}, admission_rejections={"QueueFull": 2},
+    )  # fmt: skip
 
 
 def test_metrics() -> None:
+    """Every figure of the core is there under vLLM's name, and the reference parser understands it."""
     with Rig().make_ready().running() as rig, httpx.Client(base_url=rig.base_url) as http:
-        rig.state.metrics.update_core(core_stats(generation_tokens=7))
-        rig.state.metrics.set_cache_config(block_size=16, num_gpu_blocks=100)
-        http.post(TEXT, json={"prompt": "abcd", "max_tokens": 5})
-        http.post(TEXT, json={"prompt": "abcd", "max_tokens": 5, "stream": True})
-        http.post(TEXT, json={"prompt": "!fail", "max_tokens": 5})
+        rig.engine.core_stats = some_stats()
         answer = http.get("/metrics")
-        assert answer.headers["content-type"].startswith("text/plain")
-        assert f'vllm:num_requests_running{{engine="0",model_name="{MODEL}"}} 2.0' in answer.text
-        found = samples(answer.text)
-        assert found["vllm:generation_tokens_total", ""] == 7
-        assert found["vllm:request_success_total", "length"] == 2 and found["vllm:request_success_total", "abort"] == 1
-        assert found["vllm:e2e_request_latency_seconds_count", ""] == 2
-        assert found["vllm:time_to_first_token_seconds_count", ""] == 2
-        assert found["vllm:inter_token_latency_seconds_count", ""] == 8
-        assert found["vllm:request_queue_time_seconds_sum", ""] > 0
-        assert found["vllm:request_prompt_tokens_sum", ""] == 8 and found["vllm:request_generation_tokens_sum", ""] == 10
-        assert found["vllm:request_prompt_tokens_bucket", "2.0"] == 0 and found["vllm:request_prompt_tokens_bucket", "5.0"] == 2
-        assert 'block_size="16"' in answer.text and "process_resident_memory_bytes" in answer.text
-
-
-def core_stats(**changes: float) -> SimpleNamespace:
-    values = dict.fromkeys(("prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions"), 0)
-    return SimpleNamespace(**(values | {"num_requests_running": 2, "num_requests_waiting": 1, "kv_cache_usage": 0.25} | changes))
-
-
-def test_histogram_buckets_are_cumulative_and_inclusive() -> None:
-    histogram = Histogram((1.0, 2.0))
-    for value, times in ((1.0, 1), (1.5, 2), (9.0, 1)):
-        histogram.observe(value, times)
-    assert histogram.buckets() == ([("1.0", 1), ("2.0", 3), ("+Inf", 4)], 13.0)
+    assert answer.headers["content-type"].startswith("text/plain")
+    found = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            found[sample.name, next(iter(labels.values()), "")] = sample.value
+            if sample.name.startswith("vllm:num_requests"):
+                assert sample.labels["model_name"] == MODEL and sample.labels["engine"] == "0"
+    assert found["vllm:num_requests_running", ""] == 2 and found["vllm:num_requests_waiting", ""] == 3
+    assert found["vllm:num_requests_waiting_by_reason", "deferred"] == 1
+    assert found["vllm:kv_cache_usage_perc", ""] == 0.25
+    assert found["vllm:prompt_tokens_total", ""] == 500 and found["vllm:generation_tokens_total", ""] == 1000
+    assert found["vllm:prompt_tokens_by_source_total", "local_compute"] == 450
+    assert found["vllm:request_success_total", "stop"] == 4 and found["vllm:request_success_total", "abort"] == 0
+    assert found["vllm:admission_rejections_total", "QueueFull"] == 2
+    buckets = [found["vllm:inter_token_latency_seconds_bucket", le] for le in ("0.001", "0.0025", "80.0", "+Inf")]
+    assert buckets == [1, 3, 3, 4] and found["vllm:inter_token_latency_seconds_count", ""] == 4
+    assert found["vllm:inter_token_latency_seconds_sum", ""] == 0.001 + 2 * 0.0015 + 99.0
+    assert ("vllm:cache_config_info", "16") in found and "process_resident_memory_bytes" in answer.text
+    for name in some_stats().histograms:
+        assert (f"vllm:{name}_count", "") in found, name
 
 
 def test_stats_line() -> None:
@@ -103,13 +100,13 @@ def test_stats_line() -> None:
     log = StatsLog(metrics, clock=lambda: now[0])
     assert log.line() is None
     now[0] += 10
-    metrics.update_core(core_stats(prompt_tokens=500, generation_tokens=1000, prefix_cache_queries=200, prefix_cache_hits=50))
+    metrics.update_core(some_stats())
     assert log.line() == (
         "Engine 000: Avg prompt throughput: 50.0 tokens/s, Avg generation throughput: 100.0 tokens/s, Running: 2 reqs, "
-        "Waiting: 1 reqs, KV cache usage: 25.0%, Prefix cache hit rate: 25.0%"
+        "Waiting: 3 reqs, KV cache usage: 25.0%, Prefix cache hit rate: 25.0%"
     )
     now[0] += 10
-    metrics.update_core(core_stats(prompt_tokens=500, generation_tokens=1000, num_requests_running=0, num_requests_waiting=0))
+    metrics.update_core(msgspec.structs.replace(some_stats(), num_requests_running=0, num_requests_waiting=0))
     assert log.line() is None
 
 

@@ -68,7 +68,8 @@ def wait_until(condition, seconds: float = 5.0) -> None:  # type: ignore[no-unty
 def test_leaving_a_stream_aborts(rig: Rig, http: httpx.Client, path: str) -> None:
     body = {"messages": [{"role": "user", "content": "!hang"}]} if path == CHAT else {"prompt": "!hang"}
     with http.stream("POST", path, json=body | {"stream": True, "request_id": "left" + path}) as answer:
-        assert next(answer.iter_lines()).startswith("data: ")
+        lines = answer.iter_lines()  # held on to: a forgotten iterator closes the connection
+        assert next(lines).startswith("data: ")
         wait_until(lambda: any("left" + path in key for key in rig.engine.live))
     wait_until(lambda: any("left" + path in key for key in rig.engine.dropped))
     assert not any("left" + path in key for key in rig.engine.live | rig.state.active)
