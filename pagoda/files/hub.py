@@ -84,6 +84,8 @@ def resolve(
     """
     if model is None:
         return ModelPath(fetch_pinned(DEFAULT_MODEL), "gguf", DEFAULT_MODEL.name)
+    if not model:
+        raise ModelNotFound("the name of the model is empty")
     path = Path(model).expanduser()
     if path.is_dir():
         return ModelPath(path, "directory", model)
