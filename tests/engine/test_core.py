@@ -6,6 +6,7 @@ import pytest
 
 from pagoda.base.errors import InvalidRequest, QueueFull
 from pagoda.base.types import FinishReason, GenerateRequest, SamplingParams
+from pagoda.engine.request import Request
 from tests.engine.fake_executor import VOCAB, chain, toy_logprob
 from tests.engine.harness import FULL, MIXED, Harness
 
@@ -53,6 +54,31 @@ def test_min_tokens_holds_stops_back() -> None:
     h.run()
     h.check_all()
     assert len(h.tokens["a", 0]) > 6 and not set(h.tokens["a", 0][:6]) & set(every)
+
+
+def test_stops_count_only_once_min_tokens_is_reached() -> None:
+    def request(min_tokens: int) -> Request:
+        params = SamplingParams(min_tokens=min_tokens, max_tokens=9, stop_token_ids=[4])
+        return Request(request_id="a", index=0, sequence=0, prompt_token_ids=[1], params=params, eos_token_ids=[3], max_tokens_total=4)
+
+    req = request(2)
+    stops = []
+    for token in (3, 4):
+        req.token_ids.append(token)
+        stops.append(req.check_stop(token))
+    assert stops == [None, (FinishReason.STOP, 4)]
+    req = request(9)
+    req.token_ids += [3, 3, 3]
+    assert req.check_stop(3) == (FinishReason.LENGTH, None)
+
+
+def test_only_the_first_sample_brings_prompt_logprobs() -> None:
+    h = Harness()
+    h.add("a", 18, n=2, prompt_logprobs=0)
+    h.run()
+    assert h.outputs["a", 0][0].prompt_logprobs is not None
+    assert all(out.prompt_logprobs is None for out in h.outputs["a", 1])
+    assert h.tokens_of_plan(1) == [(0, 18, 1), (1, 16, 2)], "the second shares what the first computed"
 
 
 def test_max_model_len_ends_a_request_without_max_tokens() -> None:

@@ -16,7 +16,7 @@ from pagoda.engine.block_pool import BlockPool
 from pagoda.engine.groups import WindowGroup
 from tests.engine.harness import FULL, MIXED, WINDOW, Harness
 
-_QUICK = settings(max_examples=120, deadline=None)
+_QUICK = settings(max_examples=300, deadline=None)
 
 _engines = st.fixed_dictionaries(
     {
