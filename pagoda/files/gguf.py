@@ -59,11 +59,11 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class _Span(NamedTuple):
-    """An undecoded value: its type, the type of its items where it is an array, their number and first byte."""
+    """An undecoded value: its type, the type of its items where it is an array, their number (bytes of a string) and first byte."""
 
     type: int
     item_type: int
-    count: int
+    length: int
     offset: int
 
 
@@ -175,9 +175,9 @@ class GgufMetadata(Mapping[str, Any]):
         reader = _Reader(self._file)
         reader.pos = span.offset
         if span.type == _ARRAY and span.item_type == _STRING:
-            reader.strings(span.count)
+            reader.strings(span.length)
         else:
-            reader.skip(span.count * (1 if span.type == _STRING else _SCALARS[span.item_type].itemsize))
+            reader.skip(span.length * (1 if span.type == _STRING else _SCALARS[span.item_type].itemsize))
         return memoryview(self._file.buffer)[span.offset : reader.pos]
 
     def get_int(self, key: str, default: int | None = None) -> int | None:
@@ -219,7 +219,7 @@ class GgufMetadata(Mapping[str, Any]):
         buffer = self._file.buffer
         try:
             if span.type == _STRING:
-                return buffer[span.offset : span.offset + span.count].decode()
+                return buffer[span.offset : span.offset + span.length].decode()
             if span.item_type == _STRING:
                 return self._strings(span)
         except UnicodeDecodeError:
@@ -227,13 +227,13 @@ class GgufMetadata(Mapping[str, Any]):
         dtype = _SCALARS[span.item_type]
         if span.type != _ARRAY:
             return np.frombuffer(buffer, dtype, 1, span.offset)[0].item()
-        return np.frombuffer(buffer, dtype, span.count, span.offset) if span.count else np.empty(0, dtype)
+        return np.frombuffer(buffer, dtype, span.length, span.offset) if span.length else np.empty(0, dtype)
 
     def _strings(self, span: _Span) -> list[str]:
         """The walk has been checked when the file was opened, so the loop needs no bounds."""
         buffer, pos, unpack = self._file.buffer, span.offset, _U64.unpack_from
         strings = []
-        for _ in range(span.count):
+        for _ in range(span.length):
             start = pos + 8
             pos = start + unpack(buffer, pos)[0]
             strings.append(buffer[start:pos].decode())

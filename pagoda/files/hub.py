@@ -99,10 +99,12 @@ def resolve(
     # Half a second of imports that a local model must not wait for.
     from pagoda.files.hub_download import download_file, download_snapshot
 
-    where = {"revision": revision, "token": token or env.hf_token(), "cache_dir": download_dir}
+    token = token or env.hf_token()
     if file_name:
-        return ModelPath(download_file(repository, file_name, **where), "gguf", repository)
-    return ModelPath(download_snapshot(repository, **where), "directory", repository)
+        path = download_file(repository, file_name, revision=revision, token=token, cache_dir=download_dir)
+        return ModelPath(path, "gguf", repository)
+    path = download_snapshot(repository, revision=revision, token=token, cache_dir=download_dir)
+    return ModelPath(path, "directory", repository)
 
 
 def _checked_file(path: Path) -> Path:

@@ -14,7 +14,7 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -191,7 +191,7 @@ def _tensor_info(file: MappedFile, name: str, entry: Any, start: int, shard: int
     return TensorInfo(name, dtype, tuple(shape), start + offsets[0], needed, shard)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

@@ -60,7 +60,9 @@ class Pieces(dict[int, bytes]):
 
 def pieces_of(backend: tokenizers.Tokenizer) -> Pieces | None:
     """The table of this tokenizer, None where its decoder does more than rename."""
-    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "None"}
+    if backend.decoder is None:
+        return None
+    state: dict[str, Any] = json.loads(backend.decoder.__getstate__())
     steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:

@@ -108,7 +108,7 @@ def load_chat_template(tokenizer: Tokenizer, override: str | None = None) -> Cha
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}`: the text between, in a scope of its own."""
 
-    tags = frozenset(("generation",))
+    tags: set[str] = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -68,7 +68,7 @@ class Tokenizer:
         template = file.metadata.get_str("tokenizer.chat_template")
         return cls(
             vocabulary.backend,
-            special_tokens={f"{role}_token": vocabulary.backend.id_to_token(i) for role, i in ids.items()},
+            special_tokens={f"{role}_token": vocabulary.backend.id_to_token(i) or "" for role, i in ids.items()},
             eos_ids=vocabulary.eos_ids,
             chat_templates={} if template is None else {"default": template},
             infill_ids={role: token_id for role, token_id in ids.items() if role.startswith("fim_")},
@@ -135,7 +135,7 @@ class Tokenizer:
             if run:
                 yield self.backend.decode(run, skip_special_tokens=False)
             run = []
-            yield self.backend.id_to_token(token_id)
+            yield self.backend.id_to_token(token_id) or ""
         if run:
             yield self.backend.decode(run, skip_special_tokens=False)
 
