@@ -1,0 +1,102 @@
+"""Batch invariance, bit for bit: a row's result does not depend on its neighbours, the chunks or the threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from pagoda.kernels import ops
+from pagoda.kernels.cpu import library
+from pagoda.kernels.kv import allocate_kv_plane
+from pagoda.kernels.weight import FORMATS
+
+from .cases import normal, rope_table, sample_inputs, weight
+
+BATCHES = (1, 2, 5, 9, 33, 65)
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}threads")
+def threads(request: pytest.FixtureRequest, isa: str) -> Iterator[int]:
+    library.default().set_threads(request.param)
+    yield request.param
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("k", "n"), [(64, 160), (576, 50)])
+def test_linear(format: str, k: int, n: int, threads: int) -> None:
+    rng = np.random.default_rng(3)
+    w, bias, x = weight(rng, format, n, k), normal(rng, n), normal(rng, 65, k)
+    residual = normal(rng, 65, n)
+    library.default().set_threads(1)
+    alone = np.concatenate([ops.linear(x[r : r + 1], w, bias, residual=residual[r : r + 1]) for r in range(65)])
+    library.default().set_threads(threads)
+    for rows in BATCHES:
+        np.testing.assert_array_equal(ops.linear(x[:rows], w, bias, residual=residual[:rows]), alone[:rows])
+    np.testing.assert_array_equal(ops.linear(x[20:40], w, bias, residual=residual[20:40]), alone[20:40])
+
+
+def test_row_ops(threads: int) -> None:
+    rng = np.random.default_rng(4)
+    x, g, at, angles = normal(rng, 65, 96), normal(rng, 24), rng.integers(0, 99, 65), rope_table(100, 24)
+    for f in (
+        lambda s: ops.rms_norm(x[s], g, eps=1e-6),
+        lambda s: ops.rope(x[s], at[s], angles, head_dim=24),
+        lambda s: ops.act_and_mul(x[s], "silu"),
+        lambda s: ops.soft_cap(x[s], 3.0),
+        lambda s: ops.row_logsumexp(x[s]),
+    ):
+        whole = f(slice(0, 65))
+        for rows in BATCHES:
+            np.testing.assert_array_equal(f(slice(0, rows)), whole[:rows])
+        np.testing.assert_array_equal(np.concatenate([f(slice(r, r + 1)) for r in range(65)]), whole)
+
+
+def test_sample(threads: int) -> None:
+    columns = sample_inputs(np.random.default_rng(5), 65, 700)
+    whole = ops.sample(*columns)
+    for rows in BATCHES:
+        np.testing.assert_array_equal(ops.sample(*(c[:rows] for c in columns)), whole[:rows])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (37, 0.0), (50, 8.0)])
+def test_attention_in_any_chunks(dtype: str, window: int, cap: float, threads: int) -> None:
+    heads, group, dim, length = 2, 3, 24, 150
+    rng = np.random.default_rng(6)
+    q, k, v = normal(rng, length, heads * group * dim), normal(rng, length, heads * dim), normal(rng, length, heads * dim)
+
+    def decode(chunks: list[int], block_size: int, neighbours: int) -> np.ndarray:
+        """The sequence computed in these chunks, among neighbours with keys of their own; garbage in unused pages."""
+        cache = allocate_kv_plane(dtype=dtype, block_size=block_size, num_blocks=40, num_kv_heads=heads, head_dim=dim)
+        cache.k[...] = np.nan
+        cache.v[...] = np.nan
+        pages = np.random.default_rng(block_size).permutation(40)[: -(-length // block_size)].astype(np.int32)
+        table = np.zeros((1 + neighbours, len(pages)), np.int32)
+        table[-1] = pages
+        spare = np.setdiff1d(np.arange(40), pages)
+        out, done = [], 0
+        for chunk in chunks:
+            at = np.arange(done, done + chunk)
+            slots = pages[at // block_size].astype(np.int64) * block_size + at % block_size
+            for i in range(neighbours):  # one key and one query each
+                table[i, 0] = spare[i]
+            others = normal(np.random.default_rng(chunk), neighbours, heads * group * dim)
+            rows = np.concatenate([others, q[at]])
+            keys = np.concatenate([others[:, : heads * dim], k[at]])
+            values = np.concatenate([others[:, : heads * dim], v[at]])
+            all_slots = np.concatenate([spare[:neighbours] * block_size, slots])
+            ops.kv_write(keys, values, cache, all_slots)
+            starts = np.cumsum([0, *[1] * neighbours, chunk]).astype(np.int32)
+            lens = np.array([*[1] * neighbours, done + chunk], np.int32)
+            y = ops.attention(rows, cache, table, starts, lens, scale=0.2, head_dim=dim, window=window, soft_cap=cap)
+            out.append(y[neighbours:])
+            done += chunk
+        return np.concatenate(out)
+
+    whole = decode([length], 16, 0)
+    assert np.isfinite(whole).all()
+    np.testing.assert_array_equal(decode([1] * length, 16, 0), whole)
+    np.testing.assert_array_equal(decode([64, 17, 16, 53], 32, 3), whole)
+    np.testing.assert_array_equal(decode([100] + [1] * 50, 64, 1), whole)
