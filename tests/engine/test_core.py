@@ -278,6 +278,34 @@ def test_executor_failure_ends_the_requests_of_the_step_and_nothing_else(half: s
     h.check_whole()
 
 
+def test_slots_released_in_a_plan_that_was_not_heard_are_released_again() -> None:
+    h = Harness()
+    h.add("a", [1] * 5, max_tokens=1)
+    h.add("b", [2] * 5, max_tokens=5)
+    h.step()
+    h.executor.fail_forward = {1}  # the plan that releases the slot of `a`
+    h.step()
+    h.add("c", [3] * 5)
+    h.run()
+    h.check_sample("c")
+    assert h.executor.plans[-1].scheduled[0].slot == 0 and h.reason("b") == "error"
+
+
+def test_slots_are_released_even_if_the_next_plan_is_empty() -> None:
+    h = Harness(pipeline_depth=2)
+    for name in ("a", "b", "c"):
+        h.add(name, [ord(name) % VOCAB] * 5, max_tokens=1)
+        h.core.launch()
+        if name == "b":
+            h.core.settle()
+    h.core.settle()
+    assert not h.core.launch(), "only `c` is left, and it is in flight"
+    h.core.settle()
+    h.add("d", [4] * 5)
+    h.run()
+    h.check_sample("d")
+
+
 def test_interrupt_during_a_step_ends_its_requests_and_passes_on() -> None:
     h = Harness()
     h.add("a", 10)

@@ -226,6 +226,18 @@ def test_simultaneous_arrivals_share_a_prefix() -> None:
     assert h.finished["b", 0].num_cached_tokens == 36
 
 
+def test_a_block_computed_half_by_an_earlier_chunk_is_still_awaited() -> None:
+    h = Harness(max_num_batched_tokens=16, long_prefill_token_threshold=6)
+    h.add("a", 24)
+    h.add("b", 24)
+    for begin in (0, 6, 12):
+        h.step()
+        assert h.tokens_of_plan() == [(0, begin, 6)]
+    h.run()
+    h.check_all()
+    assert h.finished["b", 0].num_cached_tokens == 20
+
+
 @pytest.mark.parametrize("how", ["abort", "error"])
 def test_awaiting_request_is_released_when_the_owner_ends(how: str) -> None:
     h = Harness(max_num_batched_tokens=8)
