@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 from pagoda.base import env
 from pagoda.base.errors import ModelFileError, ModelNotFound
 from pagoda.base.log import get_logger
-from pagoda.files.safetensors import PICKLE_SUFFIXES
+from pagoda.files.formats import PICKLE_SUFFIXES
 
 __all__ = ["DEFAULT_MODEL", "ModelPath", "PinnedFile", "fetch_pinned", "resolve"]
 

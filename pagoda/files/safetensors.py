@@ -20,11 +20,11 @@ import ml_dtypes
 import numpy as np
 
 from pagoda.base.errors import ModelFileError, ModelNotFound
+from pagoda.files.formats import PICKLE_SUFFIXES
 from pagoda.files.mapped import MappedFile, TensorInfo, check_layout
 
-__all__ = ["PICKLE_SUFFIXES", "SafetensorsFile", "read_safetensors"]
+__all__ = ["SafetensorsFile", "read_safetensors"]
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_NBYTES = 100_000_000

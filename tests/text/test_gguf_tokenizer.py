@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
@@ -203,3 +205,20 @@ def test_default_model_facts(default_tokenizer: Tokenizer) -> None:
     assert default_tokenizer.eos_ids[0] == 2 and 0 in default_tokenizer.eos_ids
     assert default_tokenizer.encode("Hi") == default_tokenizer.encode("Hi", add_special_tokens=False)
     assert default_tokenizer.encode("<|im_start|>user") == [1, 4093]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=3))
+def test_damaged_vocabularies_raise_only_model_file_error(tmp_path: Path, edits: list[tuple[int, int]]) -> None:
+    for changes in ({}, {"model": "gpt2", "pre": "gpt-2", "merges": ["a b"]}, {"model": "bert"}):
+        path = Path(tiny(tmp_path, **changes).path)
+        data = bytearray(path.read_bytes())
+        for position, byte in edits:
+            data[position % len(data)] = byte
+        damaged = tmp_path / "damaged.gguf"
+        damaged.write_bytes(data)
+        try:
+            tokenizer = load_tokenizer(damaged)
+            tokenizer.decode(tokenizer.encode("ab <tool> \u4f60"))
+        except ModelFileError:
+            continue
