@@ -58,7 +58,7 @@ def linear(
 ) -> Array:
     """y = x W^T + bias + residual. W is (N, K) packed. `out` may be a column slice, or `residual` itself. -> y_TN float32.
 
-    Activations are rounded to bfloat16 for bf16 weights and to int8 in blocks of 32 for quantised ones.
+    Activations are rounded to bfloat16 for bf16 weights and to 16-bit integers in blocks of 32 for quantised ones.
     """
     return lookup("linear", x_TK)(x_TK, weight, bias_N, residual=residual, out=out)
 

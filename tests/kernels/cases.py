@@ -40,10 +40,10 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def int8_blocks(x_TK: np.ndarray) -> np.ndarray:
-    """Activations rounded to 8 bits in blocks of 32, as the block formats' products round them."""
+def int16_blocks(x_TK: np.ndarray) -> np.ndarray:
+    """Activations rounded to 16 bits in blocks of 32, as the block formats' products round them."""
     blocks = x_TK.reshape(len(x_TK), -1, 32)
-    scale = np.abs(blocks).max(axis=2, keepdims=True) / 127
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / (127 * 256)
     scale[scale == 0] = 1
     return (np.rint(blocks / scale) * scale).reshape(x_TK.shape).astype(np.float32)
 
@@ -53,7 +53,7 @@ def weight(rng: np.random.Generator, format: str, n: int, k: int) -> Weight:
 
 
 def naive_linear(x: np.ndarray, w: Weight, bias: np.ndarray | None = None, *, residual: np.ndarray | None = None, **_: Any) -> np.ndarray:
-    rounded = {"f32": lambda v: v, "bf16": bf16}.get(w.format, int8_blocks)(x)
+    rounded = {"f32": lambda v: v, "bf16": bf16}.get(w.format, int16_blocks)(x)
     y = rounded @ w.dense.T
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
