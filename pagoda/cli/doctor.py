@@ -47,7 +47,7 @@ def _print_machine() -> None:
     print(f"GPU:     {'an NVIDIA driver is here, but this version has no GPU kernels' if hardware.has_cuda else 'none'}")
     if table.numpy_device() == "cpu":
         lib = library.default()
-        print(f"Kernels: native, {lib.isa} of {', '.join(library.available_isas())}")
+        print(f"Kernels: native, {lib.isa} of {', '.join(lib.isas)}")
     else:
         print("Kernels: numpy references (slow): the native library was not built; install a C++ compiler and reinstall")
     found = []

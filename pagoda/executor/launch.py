@@ -123,11 +123,11 @@ def describe_model(config: EngineConfig) -> tuple[ModelSource, EngineConfig, tup
 def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> LocalEngine:
     """Loads the model and composes the core. Raises ConfigError, ModelFileError, UnsupportedModel or OutOfMemory."""
     started = time.perf_counter()
-    source, config, reasons, hardware = describe_model(config)
+    source, config, reasons, _ = describe_model(config)
     facts = source.spec.facts()
     native = kernel_table.numpy_device() == "cpu"
     if native:
-        library.configure(num_threads=config.device.num_threads, cpu_ids=hardware.cpu_ids)
+        library.default().set_threads(int(config.device.num_threads or 1))
     wanted = config.model.max_model_len
     model = build_model(
         source,
