@@ -1,0 +1,99 @@
+"""`serve`: from two configs to a running server, and its exit code.
+
+The order is for speed: the port is taken (or refused) first, then the engine process starts loading weights, and only then this process
+imports its HTTP libraries and loads its tokenizer, on another core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pagoda.base.config import EngineConfig, ServerConfig
+from pagoda.base.errors import ConfigError
+from pagoda.base.log import get_logger
+from pagoda.executor.process import BUILDER, EngineProcess
+from pagoda.files.hub import resolve
+
+__all__ = ["bind", "serve"]
+
+_BACKLOG = 2048
+
+
+def serve(config: EngineConfig, server: ServerConfig, *, builder: str = BUILDER, load: Callable[[EngineConfig], Any] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; 0 after an orderly end.
+
+    Raises ConfigError when the address cannot be had, and what loading the model raises. `builder` makes the engine in its process
+    ("module:function"), `load` tokenizer and template here (default: `executor.front.load_front`).
+    """
+    with contextlib.closing(bind(server)) as listener:
+        _download(config)
+        process = EngineProcess.start(config, builder=builder, log_level=_log_level())
+        try:
+            from pagoda.serve.server import run  # a third of a second of imports, while weights load next door
+
+            return run(config, server, process, listener, load=load)
+        finally:
+            process.stop()
+            if server.uds is not None:
+                _remove_socket(server.uds)
+
+
+def _download(config: EngineConfig) -> None:
+    """A model of the hub is brought here before two processes ask for it: one progress bar, one clear error."""
+    m = config.model
+    if m.model and "/" in m.model and not Path(m.model).expanduser().exists():
+        resolve(m.model, revision=m.revision, token=m.hf_token, download_dir=m.download_dir)
+
+
+def _log_level() -> str:
+    """The engine process logs as much as this one."""
+    names = {10: "debug", 20: "info", 30: "warning", 40: "error"}
+    return names.get(get_logger("pagoda").getEffectiveLevel(), "info")
+
+
+def bind(server: ServerConfig) -> socket.socket:
+    """The listening socket. Raises ConfigError with the remedy."""
+    if server.uds is not None:
+        return _bind_uds(server.uds)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as exc:
+        where = f"{server.host}:{server.port}"
+        if exc.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {server.port} on {server.host} is in use; stop what listens there, or choose another with --port") from None
+        raise ConfigError(f"cannot listen on {where}: {exc.strerror or exc}") from None
+
+
+def _bind_uds(path: str) -> socket.socket:
+    """A socket file that nobody answers at is left over from a server that died, and is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise ConfigError(f"another server listens on `{path}`; stop it, or choose another path with --uds")
+            _remove_socket(path)
+        listener.bind(path)
+        listener.listen(_BACKLOG)
+    except OSError as exc:
+        listener.close()
+        raise ConfigError(f"cannot listen on `{path}`: {exc.strerror or exc}") from None
+    except ConfigError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_socket(path: str) -> None:
+    """Only a socket is removed: never somebody's file."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)

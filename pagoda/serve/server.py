@@ -1,0 +1,223 @@
+"""The running server: uvicorn, the engine behind it, signals, and the end.
+
+    start      listen at once (503 while loading), load the tokenizer here while weights load there, then announce
+    SIGTERM    stop accepting, let what runs finish for --shutdown-timeout, abort the rest (each gets its end), leave with 0
+    again      abort everything now
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from pagoda.api.async_engine import AsyncEngine
+from pagoda.api.processor import Processor, sampling_defaults
+from pagoda.base import env
+from pagoda.base.config import EngineConfig, ServerConfig
+from pagoda.base.errors import PagodaError
+from pagoda.base.log import get_logger
+from pagoda.executor.channel import EngineInfo
+from pagoda.executor.front import Front, load_front
+from pagoda.executor.process import EngineProcess, ProcessClient
+from pagoda.serve.app import build_app, routes
+from pagoda.serve.context import ModelContext, ServerState
+from pagoda.serve.metrics import StatsLog
+
+__all__ = ["Server", "announcement", "model_context", "run"]
+
+logger = get_logger("serve")
+
+_LAST_SECONDS = 5.0  # between aborting what runs and giving up on clients that do not take their end
+_KEEP_ALIVE_SECONDS = 60  # longer than what clients' pools wait before they reuse a connection
+
+
+def run(
+    config: EngineConfig,
+    server: ServerConfig,
+    process: EngineProcess,
+    listener: socket.socket,
+    *,
+    load: Callable[[EngineConfig], Front] | None = None,
+) -> int:
+    """Serve on `listener` until told to stop. Returns the exit code; errors of loading are raised."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Server(config, server, load or load_front).serve(process, listener))
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its own signal handlers: it would end by the signal, and we end with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One process's server, from loading to its end."""
+
+    def __init__(self, config: EngineConfig, server: ServerConfig, load: Callable[[EngineConfig], Front]) -> None:
+        self._config, self._server, self._load = config, server, load
+        self._state = ServerState(server)
+        self._engine: AsyncEngine | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        level = server.uvicorn_log_level
+        _share_log_handlers(level)
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                build_app(self._state),
+                log_config=None,
+                log_level=level,
+                access_log=level in ("info", "debug"),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                root_path=server.root_path,
+                timeout_graceful_shutdown=server.shutdown_timeout + _LAST_SECONDS,  # type: ignore[arg-type]
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                server_header=False,
+            )
+        )
+
+    async def serve(self, process: EngineProcess, listener: socket.socket) -> int:
+        client = ProcessClient(process)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        http = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        loading = asyncio.create_task(self._bring_up(client, listener))
+        try:
+            await asyncio.wait({http, loading}, return_when=asyncio.FIRST_COMPLETED)
+            if not http.done():
+                await loading  # raises what loading met
+            await http
+            return 0
+        finally:
+            await self._tear_down(client, http, loading)
+
+    async def _bring_up(self, client: ProcessClient, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        reading = loop.run_in_executor(self._state.pool, self._load, self._config)
+        try:
+            info = await client.wait_ready()
+        except PagodaError:
+            with contextlib.suppress(PagodaError):
+                await reading
+            raise
+        front = await reading
+        context = model_context(front, info, self._server)
+        generation_config, eos_ids = front.generation_config, front.eos_token_ids
+        processor = Processor(info.config, info.facts, front.tokenizer, generation_config=generation_config, eos_token_ids=eos_ids)
+        self._engine = AsyncEngine(client, processor)
+        self._state.ready(context, self._engine)
+        print(announcement(context, info, self._server, listener, self._paths()), file=sys.stderr, flush=True)
+        if not self._server.disable_log_stats:
+            self._spawn(self._log_stats())
+
+    def _paths(self) -> list[str]:
+        return [f"{'/'.join(row.doc.methods)} {row.doc.path}" for row in routes(self._state)]
+
+    async def _log_stats(self) -> None:
+        log = StatsLog(self._state.metrics)
+        while True:
+            await asyncio.sleep(StatsLog.INTERVAL)
+            await self._state.refresh_metrics()
+            log.emit()
+
+    def _on_signal(self) -> None:
+        if self._uvicorn.should_exit:
+            logger.info("stopping now: %d requests are aborted", len(self._state.active))
+            self._spawn(self._state.abort_all())
+            self._uvicorn.force_exit = True
+            return
+        seconds = self._server.shutdown_timeout
+        if self._state.active:
+            logger.info("stopping: %d requests may finish within %.0f s (again to abort them)", len(self._state.active), seconds)
+        self._state.drain()
+        self._uvicorn.should_exit = True
+        self._spawn(self._abort_later(seconds))
+
+    async def _abort_later(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._state.abort_all()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tear_down(self, client: ProcessClient, *tasks: asyncio.Task[None]) -> None:
+        for task in (*tasks, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.shutdown()
+        client.close()
+        self._state.close()
+
+
+def _share_log_handlers(level: str) -> None:
+    """uvicorn's lines look like ours and go to the same place."""
+    theirs = logging.getLogger("uvicorn")
+    theirs.handlers, theirs.propagate = get_logger("pagoda").handlers, False
+    theirs.setLevel(level.upper())
+
+
+def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> ModelContext:
+    """What parsers may know, from the two halves of a loaded model."""
+    m = info.config.model
+    assert isinstance(m.max_model_len, int)
+    return ModelContext(
+        model_names=tuple(m.served_model_name) or (front.name,),
+        model_path=str(front.path),
+        max_model_len=m.max_model_len,
+        max_logprobs=m.max_logprobs,
+        tokenizer=front.tokenizer,
+        template=front.template,
+        default_params=sampling_defaults(front.generation_config),
+        response_role=server.response_role,
+        created=int(time.time()),
+        cache_facts={
+            **{key: value for key, value in asdict(info.config.cache).items() if value is not None},
+            "num_gpu_blocks": info.num_blocks - 1,
+            "kv_cache_size_tokens": info.num_kv_tokens,
+            "kv_cache_max_concurrency": round(info.max_concurrency, 2),
+        },
+    )
+
+
+def announcement(context: ModelContext, info: EngineInfo, server: ServerConfig, listener: socket.socket, paths: list[str]) -> str:
+    """What the terminal shows once requests are taken: the engine's report, where it listens, and a line to try."""
+    host, port = ("", 0) if server.uds is not None else listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
+    base, flags = (f"http://{reachable}:{port}", "") if server.uds is None else ("http://localhost", f"--unix-socket {shlex.quote(server.uds)} ")
+    if server.api_key or env.api_key():
+        flags += '-H "Authorization: Bearer $PAGODA_API_KEY" '
+    question = "What is the capital of France?"
+    if context.template is not None:
+        path, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": question}], "max_tokens": 32, "temperature": 0}
+    else:
+        path, body = "/v1/completions", {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
+    where = f"http://{shown}:{port}" if server.uds is None else f"unix:{server.uds}"
+    return "\n".join(
+        [
+            *info.report,
+            f"Routes: {', '.join(paths)}",
+            f"Serving {context.model_names[0]} on {where}",
+            "Try:",
+            f"  curl {flags}{base}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+        ]
+    )
