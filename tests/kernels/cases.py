@@ -43,7 +43,7 @@ def bf16(x: np.ndarray) -> np.ndarray:
 def int16_blocks(x_TK: np.ndarray) -> np.ndarray:
     """Activations rounded to 16 bits in blocks of 32, as the block formats' products round them."""
     blocks = x_TK.reshape(len(x_TK), -1, 32)
-    scale = np.abs(blocks).max(axis=2, keepdims=True) / (127 * 256)
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / 32767
     scale[scale == 0] = 1
     return (np.rint(blocks / scale) * scale).reshape(x_TK.shape).astype(np.float32)
 

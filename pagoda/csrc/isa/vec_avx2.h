@@ -6,7 +6,8 @@
 
 constexpr int kTileRows = 4;
 constexpr int kTilePanels = 1;
-constexpr int kBlockRows = 2;
+constexpr int kBlockRows = 3;
+constexpr int kBlockPanels = 1;
 
 struct f32x16 { __m256 a, b; };
 struct i32x16 { __m256i a, b; };
@@ -65,32 +66,20 @@ PG_INLINE f32x16 load_bf16(const uint16_t* p) {
 PG_INLINE u8x64 load_bytes(const void* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
 }
-PG_INLINE u8x64 low_nibbles(u8x64 v) {
-    __m256i m = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(v.a, m), _mm256_and_si256(v.b, m)};
+template <int kShift, int kMask>
+PG_INLINE __m256i words_half(__m256i v) {
+    if constexpr (kShift > 0) v = _mm256_srli_epi16(v, kShift);
+    return (kMask << kShift) >= 0xf000 ? v : _mm256_and_si256(v, _mm256_set1_epi16(kMask));
 }
-PG_INLINE u8x64 high_nibbles(u8x64 v) {
-    __m256i m = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), m)};
+template <int kShift, int kMask>
+PG_INLINE i32x16 words(u8x64 v) { return {words_half<kShift, kMask>(v.a), words_half<kShift, kMask>(v.b)}; }
+PG_INLINE i32x16 load_pair(const char* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return iset1(pair);
 }
-
-PG_INLINE __m256i dot_u8_half(__m256i acc, __m256i w, __m256i even, __m256i odd) {
-    __m256i x = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), even);
-    return _mm256_add_epi32(acc, _mm256_add_epi32(x, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), odd)));
-}
-PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, const int8_t* a) {   // in 16 bits: maddubs would saturate
-    int32_t quad;
-    __builtin_memcpy(&quad, a, 4);
-    __m256i q = _mm256_set1_epi32(quad);
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8), odd = _mm256_srai_epi16(q, 8);
-    return {dot_u8_half(acc.a, w.a, even, odd), dot_u8_half(acc.b, w.b, even, odd)};
-}
-PG_INLINE i32x16 dot_u4(i32x16 acc, u8x64 w, const int8_t* a) {   // 2 * 15 * 127 fits in 16 bits
-    int32_t quad;
-    __builtin_memcpy(&quad, a, 4);
-    __m256i q = _mm256_set1_epi32(quad), one = _mm256_set1_epi16(1);
-    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, q), one)),
-            _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, q), one))};
+PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b))};
 }
 PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
     uint32_t pair;

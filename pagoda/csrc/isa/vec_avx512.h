@@ -7,7 +7,8 @@
 
 constexpr int kTileRows = 6;     // rows x panels of accumulators a float product keeps in registers
 constexpr int kTilePanels = 4;
-constexpr int kBlockRows = 8;    // rows a block-quantised product keeps in registers
+constexpr int kBlockRows = 6;    // the same of a block-quantised product
+constexpr int kBlockPanels = 2;
 
 typedef __m512 f32x16;
 typedef __m512i i32x16;
@@ -52,32 +53,22 @@ PG_INLINE f32x16 load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 PG_INLINE u8x64 load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-PG_INLINE u8x64 low_nibbles(u8x64 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-PG_INLINE u8x64 high_nibbles(u8x64 v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
-
-// acc + sum over 4 neighbours of weights (unsigned bytes) times the same 4 activations (signed bytes) in every lane.
+// Each 16-bit word shifted right, then masked: integers for dot_i16.
+template <int kShift, int kMask>
+PG_INLINE i32x16 words(u8x64 v) {
+    if constexpr (kShift > 0) v = _mm512_srli_epi16(v, kShift);
+    return (kMask << kShift) >= 0xf000 ? v : _mm512_and_si512(v, _mm512_set1_epi16(kMask));
+}
+PG_INLINE i32x16 load_pair(const char* p) {   // two 16-bit integers, the same for all lanes
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return iset1(pair);
+}
+// acc + a[0] b[0] + a[1] b[1] over the two signed 16-bit halves of each lane.
 #if defined(__AVX512VNNI__)
-PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, const int8_t* a) {
-    int32_t quad;
-    __builtin_memcpy(&quad, a, 4);
-    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(quad));
-}
-PG_INLINE i32x16 dot_u4(i32x16 acc, u8x64 w, const int8_t* a) { return dot_u8(acc, w, a); }
+PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) { return _mm512_dpwssd_epi32(acc, a, b); }
 #else
-PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, const int8_t* a) {   // in 16 bits: pairs of bytes could saturate
-    int32_t quad;
-    __builtin_memcpy(&quad, a, 4);
-    __m512i q = _mm512_set1_epi32(quad);
-    __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(q, 8), 8));
-    __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(q, 8));
-    return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
-}
-PG_INLINE i32x16 dot_u4(i32x16 acc, u8x64 w, const int8_t* a) {   // 2 * 15 * 127 fits in 16 bits
-    int32_t quad;
-    __builtin_memcpy(&quad, a, 4);
-    __m512i pairs = _mm512_maddubs_epi16(w, _mm512_set1_epi32(quad));
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
+PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
 #endif
 
 // acc + w[0] x[0] + w[1] x[1] per lane: w pairs of bfloat16, x one pair for all lanes.

@@ -8,6 +8,7 @@
 constexpr int kTileRows = 2;
 constexpr int kTilePanels = 1;
 constexpr int kBlockRows = 1;
+constexpr int kBlockPanels = 1;
 
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
@@ -90,18 +91,30 @@ PG_INLINE f32x16 load_bf16(const uint16_t* p) {
     return r;
 }
 PG_INLINE u8x64 load_bytes(const void* p) { u8x64 r; __builtin_memcpy(&r, p, 64); return r; }
-PG_INLINE u8x64 low_nibbles(u8x64 a) { for (int i = 0; i < 64; ++i) a.v[i] &= 15; return a; }
-PG_INLINE u8x64 high_nibbles(u8x64 a) { for (int i = 0; i < 64; ++i) a.v[i] >>= 4; return a; }
-
-PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, const int8_t* a) {
+template <int kShift, int kMask>
+PG_INLINE i32x16 words(u8x64 a) {
+    uint16_t t[32];
+    __builtin_memcpy(t, &a, 64);
+    for (int i = 0; i < 32; ++i) t[i] = uint16_t((t[i] >> kShift) & kMask);
+    i32x16 r;
+    __builtin_memcpy(&r, t, 64);
+    return r;
+}
+PG_INLINE i32x16 load_pair(const char* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return iset1(pair);
+}
+PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
+    int16_t x[32], y[32];
     int32_t t[16];
+    __builtin_memcpy(x, &a, 64);
+    __builtin_memcpy(y, &b, 64);
     __builtin_memcpy(t, &acc, 64);
-    for (int i = 0; i < 16; ++i)
-        t[i] += w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] + w.v[4 * i + 3] * a[3];
+    for (int i = 0; i < 16; ++i) t[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
     __builtin_memcpy(&acc, t, 64);
     return acc;
 }
-PG_INLINE i32x16 dot_u4(i32x16 acc, u8x64 w, const int8_t* a) { return dot_u8(acc, w, a); }
 PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
     uint32_t pair, t[16], lo[16], hi[16];
     __builtin_memcpy(&pair, x, 4);

@@ -12,7 +12,7 @@ struct linear_op {
     }
     static int64_t row_bytes(const pg_tensor& w) {
         if (w.dtype == PG_W_F32) return 0;
-        return w.dtype == PG_W_BF16 ? round_up(w.cols * 2 + 2, 64) : QuantRow::bytes(w.cols);
+        return w.dtype == PG_W_BF16 ? round_up(w.cols * 2 + 2, 64) : quant_row_bytes(w.cols);
     }
     static int phases(const Call& c, int num_threads) { return converts_once(c, num_threads) ? 2 : 1; }
     static int64_t scratch(const Call& c, int num_threads) {
@@ -30,7 +30,7 @@ struct linear_op {
                 row_to_bf16(x, y, w.cols);
                 y[w.cols] = 0;   // the other half of the last pair when K is odd
             } else {
-                quantise_row(x, to + r * bytes, w.cols);
+                quantise_row(x, (QuantBlock*)(to + r * bytes), w.cols);
             }
         }
     }
