@@ -46,6 +46,9 @@ class ArgumentParser(argparse.ArgumentParser):
         if found:
             known = [flag for action in self._actions for flag in action.option_strings]
             message = f"unknown flag `{found[1]}`{nearest(found[1], known)}; `{self.prog} --help` lists them"
+        elif found := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            known = re.findall(r"[\w-]+", found[2])
+            message = f"unknown command `{found[1]}`{nearest(found[1], known)}; known: {', '.join(known)}"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

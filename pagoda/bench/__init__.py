@@ -1,0 +1,1 @@
+"""Floor 7: what `pagoda bench` measures. One file per measurement; `workload` makes requests, `report` shows figures."""
