@@ -215,6 +215,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     finished: bool
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+    error: str | None = None  # why a sample ended with finish reason "error"
 
 
 class KvGroup(msgspec.Struct, frozen=True):

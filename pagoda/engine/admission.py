@@ -16,7 +16,18 @@ from pagoda.base.types import GenerateRequest, ModelFacts, SamplingParams
 from pagoda.engine.kv_manager import KvManager
 from pagoda.engine.request import Request
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "check_prompt_length"]
+
+
+def check_prompt_length(num_prompt: int, max_model_len: int) -> None:
+    """Raises InvalidRequest unless the context has room for the prompt and one more token."""
+    if num_prompt >= max_model_len:
+        raise InvalidRequest(
+            f"this model's maximum context length is {max_model_len} tokens, and the prompt has {num_prompt}; "
+            f"shorten it to at most {max_model_len - 1}, so that one token can be generated",
+            param="prompt",
+            code="context_length_exceeded",
+        )
 
 
 class Admission:
@@ -37,13 +48,7 @@ class Admission:
         prompt, params = request.prompt_token_ids, request.params
         if not prompt:
             raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
-        if len(prompt) >= self._max_model_len:
-            raise InvalidRequest(
-                f"this model's maximum context length is {self._max_model_len} tokens, and the prompt has {len(prompt)}; "
-                f"shorten it to at most {self._max_model_len - 1}, so that one token can be generated",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        check_prompt_length(len(prompt), self._max_model_len)
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= self._vocab_size:
             bad = low if low < 0 else high

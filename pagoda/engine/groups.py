@@ -68,12 +68,11 @@ class WindowGroup:
 
     is_full = False
 
-    def __init__(self, block_size: int, window: int, max_tokens_per_step: int) -> None:
-        assert window >= 1
+    def __init__(self, kind: KvGroup, block_size: int, max_tokens_per_step: int) -> None:
+        assert kind.window >= 1
         self._block_size = block_size
-        self._window = window
-        # a step sees window - 1 earlier tokens and computes its own; both ends may cut a block
-        self._num_live = (window + max_tokens_per_step - 2) // block_size + 2
+        self._window = kind.window
+        self._num_live = kind.max_live_blocks(2**62, block_size=block_size, max_tokens_per_step=max_tokens_per_step)
 
     def num_passed(self, num_computed: int) -> int:
         unseen = num_computed - self._window + 1
@@ -99,6 +98,6 @@ class WindowGroup:
 
 def make_groups(kinds: tuple[KvGroup, ...], block_size: int, max_tokens_per_step: int) -> list[Group]:
     return [
-        FullGroup(block_size) if kind.kind == "full" else WindowGroup(block_size, kind.window, max_tokens_per_step)
+        FullGroup(block_size) if kind.kind == "full" else WindowGroup(kind, block_size, max_tokens_per_step)
         for kind in kinds
     ]

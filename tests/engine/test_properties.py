@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda.base.errors import InvalidRequest
+from pagoda.base.types import KvGroup
 from pagoda.engine.block_pool import BlockPool
 from pagoda.engine.groups import WindowGroup
 from tests.engine.harness import FULL, MIXED, WINDOW, Harness
@@ -191,7 +192,7 @@ def test_random_lives_of_blocks(num_blocks: int, keep: bool, actions: list[tuple
     cached=st.lists(st.booleans(), max_size=14),
 )
 def test_window_hit_is_the_longest_servable_one(window: int, cached: list[bool]) -> None:
-    group = WindowGroup(4, window, 8)
+    group = WindowGroup(KvGroup("window", (0,), window), 4, 8)
 
     def servable(length: int) -> bool:
         return all(cached[max(0, length * 4 - window + 1) // 4 : length])
