@@ -23,7 +23,7 @@ from pagoda.base.errors import PagodaError
 from pagoda.serve import health, openai_chat, openai_completions, tokenize
 from pagoda.serve.auth import BearerAuth
 from pagoda.serve.context import ModelContext, ServerState
-from pagoda.serve.errors import on_exception
+from pagoda.serve.errors import ErrorBoundary, on_exception
 from pagoda.serve.generation import GenerateEndpoint, read_json_body
 from pagoda.serve.openai_models import ModelCard, ModelList, list_models, retrieve_model
 from pagoda.serve.schema import RouteDoc, openapi
@@ -113,8 +113,8 @@ def build_app(state: ServerState) -> Starlette:
     keys = [key for key in (*state.config.api_key, env.api_key()) if key]
     app = Starlette(
         routes=[_route(row) for row in rows],
-        middleware=[Middleware(BearerAuth, keys=keys)] if keys else [],
-        exception_handlers={HTTPException: on_exception, PagodaError: on_exception, Exception: on_exception},
+        middleware=[Middleware(ErrorBoundary), *([Middleware(BearerAuth, keys=keys)] if keys else [])],
+        exception_handlers={HTTPException: on_exception, PagodaError: on_exception},
     )
     app.router.redirect_slashes = False
     app.state.server = state

@@ -11,10 +11,14 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagoda.base.errors import InvalidRequest, PagodaError, RequestError
+from pagoda.base.log import get_logger
 
-__all__ = ["ErrorBody", "ErrorInfo", "describe", "error_response", "from_msgspec", "on_exception"]
+__all__ = ["ErrorBody", "ErrorBoundary", "ErrorInfo", "describe", "error_response", "from_msgspec", "on_exception"]
+
+logger = get_logger("serve")
 
 _LONGEST_MESSAGE = 1000  # characters; a client's own megabyte is not sent back to it
 _AT = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
@@ -77,6 +81,29 @@ def from_msgspec(exc: Exception) -> InvalidRequest:
     return InvalidRequest(f"the request body is not valid JSON: {text}", code="invalid_json")
 
 
+class ErrorBoundary:
+    """ASGI middleware: a bug of ours is logged and answered like every other error, and the connection lives on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except Exception as exc:
+            if has_started or scope["type"] != "http":
+                raise
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await error_response(exc)(scope, receive, send)
+
+
 async def on_exception(request: Request, exc: Exception) -> Response:
-    """Starlette's handler for every kind of exception."""
+    """Starlette's handler for the exceptions that are answers."""
     return error_response(exc)

@@ -1,7 +1,7 @@
 """Builders that an engine process of the tests is started with: the real core over the toy worker, and ways to go wrong.
 
-`config.model.model` says how: `toy`, or `toy:slow` (20 ms a step), `toy:hang` (the third step never ends), `toy:kill` (the third step ends the
-process), `toy:bug` (the third step finds a bug of ours), `toy:fail` (the third step raises).
+`config.model.model` says how: `toy`, or `toy:slow` (20 ms a step), `toy:hang` (the third step never ends), `toy:kill` (as slow, and the third step ends
+the process), `toy:bug` (the third step finds a bug of ours), `toy:fail` (the third step raises).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MoodyExecutor(FakeExecutor):
         self.mood, self.vocab_size = mood, 256
 
     def forward(self, plan: StepPlan) -> None:
-        if self.mood == "slow":
+        if self.mood in ("slow", "kill"):
             time.sleep(0.02)
         if plan.step == 3 or (self.mood == "fail" and plan.step < 3):
             if self.mood == "hang":
