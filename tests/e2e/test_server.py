@@ -1,0 +1,129 @@
+"""The whole program: `pagoda serve` as a process, the default model, the official client. torch cannot be imported."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+openai = pytest.importorskip("openai", reason="the official client; `make setup` installs it")
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_STREAMS = 200
+MODEL = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def server(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server in whose processes `import torch` fails."""
+    blocked = tmp_path_factory.mktemp("blocked")
+    for name in ("torch", "transformers"):
+        (blocked / f"{name}.py").write_text("raise ImportError('serving must not need this')")
+    command = [sys.executable, "-m", "pagoda.cli", "serve", "--port", "0", "--kv-cache-memory-bytes", "256M"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(blocked), str(ROOT)])}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)  # type: ignore[arg-type]
+    reader.start()
+    try:
+        yield wait_for_url(process, lines)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, "".join(lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_url(process: subprocess.Popen[str], lines: list[str]) -> str:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        if found := re.search(r"Serving \S+ on (http://\S+)", "".join(lines)):
+            return found.group(1)
+        time.sleep(0.02)
+    raise AssertionError("the server did not start:\n" + "".join(lines))
+
+
+def figures(server: str) -> dict[str, float]:
+    """name (with labels) -> value of /metrics."""
+    text = httpx.get(f"{server}/metrics").text
+    return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*) (\S+)$", text, re.M)}
+
+
+def total(found: dict[str, float], name: str) -> float:
+    return sum(value for key, value in found.items() if key.partition("{")[0] == name)
+
+
+def test_the_capital_of_france(server: str) -> None:
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0
+    )
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_streaming_equals_not_streaming(server: str) -> None:
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    ask = dict(model=MODEL, prompt="Once upon a time", max_tokens=40, temperature=0.9, seed=3)
+    whole = client.completions.create(**ask)
+    parts = list(client.completions.create(**ask, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    assert [part.choices[0].finish_reason for part in parts if part.choices[0].finish_reason] == [whole.choices[0].finish_reason]
+
+
+async def one_stream(client: openai.AsyncOpenAI, i: int, rng: random.Random) -> str:
+    """Reads a stream to its end, or leaves it after a few events."""
+    leaves_after = rng.randint(0, 10) if rng.random() < 0.4 else None
+    stream = await client.completions.create(
+        model=MODEL,
+        prompt=f"Story number {i % 17}: " + "the cat and the dog " * rng.randint(1, 12),
+        max_tokens=rng.randint(1, 24),
+        temperature=1.0,
+        stream=True,
+        n=2 if i % 13 == 0 else 1,
+        extra_body={"ignore_eos": True},
+    )
+    reasons, events = [], 0
+    async for part in stream:
+        events += 1
+        reasons += [choice.finish_reason for choice in part.choices if choice.finish_reason]
+        if leaves_after is not None and events > leaves_after:
+            await stream.close()
+            return "left"
+    assert reasons == ["length"] * (2 if i % 13 == 0 else 1), reasons
+    return "finished"
+
+
+async def test_200_streams_with_random_aborts(server: str) -> None:
+    before = figures(server)
+    rng = random.Random(0)
+    limits = httpx.Limits(max_connections=None)
+    async with openai.AsyncOpenAI(
+        base_url=f"{server}/v1", api_key="none", max_retries=0, http_client=httpx.AsyncClient(limits=limits, timeout=240)
+    ) as client:
+        ends = Counter(await asyncio.gather(*[one_stream(client, i, random.Random(rng.random())) for i in range(NUM_STREAMS)]))
+    assert ends["finished"] + ends["left"] == NUM_STREAMS and ends["left"] > 30
+    after = figures(server)
+    end = time.monotonic() + 20
+    while total(after, "vllm:num_requests_running") + total(after, "vllm:num_requests_waiting") and time.monotonic() < end:
+        await asyncio.sleep(0.1)
+        after = figures(server)
+    assert total(after, "vllm:num_requests_running") == total(after, "vllm:num_requests_waiting") == 0
+    assert total(after, "vllm:kv_cache_usage_perc") == 0, "blocks are still owned"
+    ended = total(after, "vllm:request_success_total") - total(before, "vllm:request_success_total")
+    num_samples = NUM_STREAMS + len(range(0, NUM_STREAMS, 13))  # every 13th asks for two
+    assert ended == num_samples, "every sample ends exactly once"
+    await asyncio.sleep(2.5)  # an idle engine checks its books once, and dies if they are wrong
+    assert httpx.get(f"{server}/health").status_code == 200
