@@ -1,7 +1,7 @@
 // AVX2, FMA and F16C.
 #include <immintrin.h>
-#include "kernels/std.h"
 
+#include "kernels/std.h"
 
 namespace pg::avx2 {
 #include "isa/vec_avx2.h"

@@ -1,7 +1,7 @@
 // AVX-512 F, BW, VL and DQ.
 #include <immintrin.h>
-#include "kernels/std.h"
 
+#include "kernels/std.h"
 
 namespace pg::avx512 {
 #include "isa/vec_avx512.h"

@@ -1,7 +1,7 @@
 // AVX-512 with VNNI and BF16.
 #include <immintrin.h>
-#include "kernels/std.h"
 
+#include "kernels/std.h"
 
 namespace pg::avx512_bf16 {
 #include "isa/vec_avx512.h"

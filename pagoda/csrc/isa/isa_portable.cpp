@@ -1,6 +1,9 @@
 // This machine's plain instructions: what runs everywhere.
-#include "kernels/std.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
+#include "kernels/std.h"
 
 namespace pg::portable {
 #include "isa/vec_portable.h"

@@ -14,11 +14,11 @@ typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 struct f32x16 { f32x4 v[4]; };
 struct i32x16 { i32x4 v[4]; };
-struct u8x64 { uint8_t v[64]; };
+typedef i32x16 u8x64;
 
 #define PG_EACH(R, expression)                  \
     R r;                                        \
-    for (int k = 0; k < 4; ++k) r.v[k] = (expression); \
+    _Pragma("GCC unroll 4") for (int k = 0; k < 4; ++k) r.v[k] = (expression); \
     return r
 
 PG_INLINE f32x4 splat(float x) { return f32x4{x, x, x, x}; }
@@ -91,42 +91,27 @@ PG_INLINE f32x16 load_bf16(const uint16_t* p) {
     return r;
 }
 PG_INLINE u8x64 load_bytes(const void* p) { u8x64 r; __builtin_memcpy(&r, p, 64); return r; }
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
 template <int kShift, int kMask>
-PG_INLINE i32x16 words(u8x64 a) {
-    uint16_t t[32];
-    __builtin_memcpy(t, &a, 64);
-    for (int i = 0; i < 32; ++i) t[i] = uint16_t((t[i] >> kShift) & kMask);
-    i32x16 r;
-    __builtin_memcpy(&r, t, 64);
-    return r;
-}
+PG_INLINE i32x16 words(u8x64 a) { PG_EACH(i32x16, (i32x4)(((u16x8)a.v[k] >> kShift) & (u16x8{} + uint16_t(kMask)))); }
 PG_INLINE i32x16 load_pair(const char* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, 4);
     return iset1(pair);
 }
+#if defined(__SSE2__)   // in every x86-64; the product of 16-bit integers is the one thing the plain vectors have no word for
 PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
-    int16_t x[32], y[32];
-    int32_t t[16];
-    __builtin_memcpy(x, &a, 64);
-    __builtin_memcpy(y, &b, 64);
-    __builtin_memcpy(t, &acc, 64);
-    for (int i = 0; i < 16; ++i) t[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
-    __builtin_memcpy(&acc, t, 64);
-    return acc;
+    PG_EACH(i32x16, acc.v[k] + (i32x4)_mm_madd_epi16((__m128i)a.v[k], (__m128i)b.v[k]));
 }
+#else
+PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
+    PG_EACH(i32x16, acc.v[k] + ((a.v[k] << 16) >> 16) * ((b.v[k] << 16) >> 16) + (a.v[k] >> 16) * (b.v[k] >> 16));
+}
+#endif
 PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
-    uint32_t pair, t[16], lo[16], hi[16];
+    uint32_t pair;
     __builtin_memcpy(&pair, x, 4);
-    __builtin_memcpy(t, &w, 64);
-    for (int i = 0; i < 16; ++i) {
-        lo[i] = t[i] << 16;
-        hi[i] = t[i] & 0xffff0000u;
-    }
-    f32x16 w0, w1;
-    __builtin_memcpy(&w0, lo, 64);
-    __builtin_memcpy(&w1, hi, 64);
-    acc = fma(w0, unbits(iset1(int32_t(pair << 16))), acc);
-    return fma(w1, unbits(iset1(int32_t(pair & 0xffff0000u))), acc);
+    f32x4 x0 = (f32x4)(i32x4)iset1(int32_t(pair << 16)).v[0], x1 = (f32x4)iset1(int32_t(pair & 0xffff0000u)).v[0];
+    PG_EACH(f32x16, (acc.v[k] + (f32x4)(w.v[k] << 16) * x0) + (f32x4)(w.v[k] & int32_t(0xffff0000u)) * x1);
 }
 #undef PG_EACH
