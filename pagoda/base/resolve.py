@@ -8,6 +8,7 @@ on what the loaded weights left over.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pagoda.base.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
 from pagoda.base.errors import ConfigError, OutOfMemory
@@ -64,7 +65,7 @@ def resolve(config: EngineConfig, hardware: HardwareFacts, facts: ModelFacts) ->
 def _resolve_device(config: DeviceConfig, hardware: HardwareFacts, reasons: list[Reason]) -> DeviceConfig:
     if config.device == "cuda":
         raise ConfigError("`--device cuda`: this version has no GPU kernels yet; use `--device cpu`")
-    device = "cpu"
+    device: Literal["cpu"] = "cpu"
     if config.device == "auto":
         reasons.append(Reason("device", "cpu", f"{hardware.cpu_model}, {hardware.num_cores} cores for this process"))
     threads = config.num_threads

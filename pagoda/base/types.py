@@ -33,7 +33,7 @@ MAX_SAMPLES = 16384
 MAX_LOGIT_BIAS = 1024
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     STOP = "stop"  # eos, a stop token id or a stop string
     LENGTH = "length"  # max_tokens or max_model_len
     ABORT = "abort"  # the client went away or asked for it
