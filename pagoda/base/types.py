@@ -94,12 +94,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(-2.0 <= value <= 2.0, name, "must be between -2 and 2", value)
-        _check(0.0 < self.repetition_penalty <= 2.0, "repetition_penalty", "must be above 0 and at most 2", self.repetition_penalty)
+        _check(0.01 <= self.repetition_penalty <= 2.0, "repetition_penalty", "must be at least 0.01 and at most 2", self.repetition_penalty)
         _check(0.0 <= self.temperature <= 2.0, "temperature", "must be between 0 and 2", self.temperature)
         if 0.0 < self.temperature < 0.01:  # below it logits / temperature leaves the range of float32
             self.temperature = 0.01
         _check(0.0 < self.top_p <= 1.0, "top_p", "must be above 0 and at most 1", self.top_p)
         _check(self.top_k >= -1, "top_k", "must be -1 or 0 (all), or at least 1", self.top_k)
+        self.top_k = min(self.top_k, 2**31 - 1)  # more than any vocabulary, and it fits the worker's tables
         _check(0.0 <= self.min_p <= 1.0, "min_p", "must be between 0 and 1", self.min_p)
         if self.seed == -1:
             self.seed = None

@@ -17,7 +17,14 @@ from pagoda.base.errors import InvalidRequest
 from pagoda.base.types import CompletionOutput, RequestOutput
 from pagoda.serve.context import ModelContext
 from pagoda.serve.generation import Call
-from pagoda.serve.logprobs import CompletionLogprobs, Position, PromptLogprob, TokenNamer, completion_logprobs, prompt_logprobs
+from pagoda.serve.logprobs import (
+    CompletionLogprobs,
+    Position,
+    PromptLogprob,
+    TokenNamer,
+    completion_logprobs,
+    prompt_logprobs,
+)
 from pagoda.serve.sse import DONE, event
 from pagoda.serve.wire import (
     GenerationFields,

@@ -8,8 +8,12 @@ import socket
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from pagoda.serve.openai_chat import ChatCompletionRequest
+from pagoda.serve.openai_completions import CompletionRequest
+from pagoda.serve.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.serve.fakes import MODEL, Rig
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -49,7 +53,7 @@ BAD_CHATS = {
     "top_logprobs": [{"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": -2}],
     "logprobs": [{"logprobs": 3}],
     "frequency_penalty": [{"frequency_penalty": 3}],
-    "repetition_penalty": [{"repetition_penalty": 0}],
+    "repetition_penalty": [{"repetition_penalty": 0}, {"repetition_penalty": 1e-300}],
     "min_p": [{"min_p": -0.1}],
     "top_k": [{"top_k": -2}],
     "min_tokens": [{"min_tokens": 9, "max_tokens": 3}],
@@ -104,12 +108,18 @@ def test_bad_completion(http: httpx.Client, param: str, bodies: list[dict[str, A
 
 def test_every_wrong_type_of_every_field(http: httpx.Client) -> None:
     """No field of the request structs turns a wrong type into anything but a 400 (or is happy with it)."""
-    from pagoda.serve.openai_chat import ChatCompletionRequest
-
-    for name in ChatCompletionRequest.__struct_fields__:
-        for value in (-1, 3, 1.5, "x", True, [], ["x"], {}, {"x": 1}, [[{}]]):
-            response = http.post(CHAT, json={"messages": [USER], "max_tokens": 1, name: value})
-            assert response.status_code in (200, 400, 404), (name, value, response.text)
+    bodies: dict[str, tuple[type[msgspec.Struct], dict[str, Any]]] = {
+        CHAT: (ChatCompletionRequest, {"messages": [USER], "max_tokens": 1}),
+        TEXT: (CompletionRequest, {"prompt": "a", "max_tokens": 1}),
+        "/tokenize": (TokenizeRequest, {"prompt": "a"}),
+        "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
+    }
+    for path, (kind, valid) in bodies.items():
+        assert http.post(path, json=valid).status_code == 200
+        for name in kind.__struct_fields__:
+            for value in (-1, 3, 1.5, "x", True, [], ["x"], {}, {"x": 1}, [[{}]], 2**60):
+                response = http.post(path, json=valid | {name: value})
+                assert response.status_code in (200, 400, 404), (path, name, value, response.text)
 
 
 NOT_JSON = [b"", b"{", b"[]", b"null", b"3", b'{"messages": [}', b"\xff\xfe", b'{"model": "\xff"}', b'{"temperature": NaN}',
@@ -146,6 +156,13 @@ def test_unknown_fields_are_told(http: httpx.Client) -> None:
     nasty = http.post(CHAT, json={"messages": [USER], "a\r\nSet-Cookie: b": 1, "ü": 2})
     assert nasty.status_code == 200 and "set-cookie" not in nasty.headers
     assert "x-pagoda-warning" not in http.post(CHAT, json={"messages": [USER]}).headers
+
+
+def test_extreme_values_fit_the_worker(rig: Rig, http: httpx.Client) -> None:
+    body = {"prompt": "a", "top_k": 2**53, "max_tokens": 2**53, "seed": -(2**63), "logit_bias": {"5": 1e308}, "temperature": 1e-300}
+    assert http.post(TEXT, json=body | {"request_id": "extreme"}).status_code == 200
+    params = next(params for name, params in rig.engine.params.items() if name.startswith("cmpl-extreme"))
+    assert (params.top_k, params.logit_bias, params.temperature) == (2**31 - 1, {5: 100.0}, 0.01)
 
 
 def test_request_id(http: httpx.Client) -> None:
