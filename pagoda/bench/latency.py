@@ -68,7 +68,7 @@ def _iterate(llm: LLM, prompts: Sequence[list[int]], options: Options) -> _Itera
         n=options.n, temperature=1.0, seed=0, max_tokens=options.output_len, ignore_eos=True, detokenize=False
     )
     started = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - started
     first, last = _span(outputs)
     num_decoded = sum(len(sample.token_ids) - 1 for output in outputs for sample in output.outputs)

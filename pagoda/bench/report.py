@@ -118,7 +118,9 @@ def _shown(value: float | int | str) -> str:
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.4f}" if abs(value) < 1 else f"{value:,.2f}"
+    if abs(value) < 1:
+        return f"{value:.3g}"
+    return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.2f}"
 
 
 def _finite(value: Any) -> Any:

@@ -37,7 +37,7 @@ def measure(options: Options, config: EngineConfig) -> Report:
         requests = make_requests(options, llm.get_tokenizer(), seed=config.model.seed, max_model_len=max_model_len)
         _warm_up(llm)
         started = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": r.prompt_token_ids} for r in requests], [_params(r, options) for r in requests])
+        outputs = llm.generate([request.prompt_token_ids for request in requests], [_params(request, options) for request in requests])
         seconds = time.perf_counter() - started
         stats = engine.core.stats()
     finally:
@@ -55,7 +55,7 @@ def _params(request: WorkloadRequest, options: Options) -> SamplingParams:
 
 def _warm_up(llm: LLM) -> None:
     """Pages touched and threads started, on a prompt that no request shares."""
-    llm.generate([{"prompt_token_ids": [0, 0, 0, 0]}], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+    llm.generate([[0, 0, 0, 0]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
 
 
 def _rows(outputs: Sequence[RequestOutput], seconds: float) -> list[Row]:

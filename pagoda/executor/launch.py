@@ -120,8 +120,11 @@ def describe_model(config: EngineConfig) -> tuple[ModelSource, EngineConfig, tup
     return source, resolved.config, resolved.reasons, hardware
 
 
-def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> LocalEngine:
-    """Loads the model and composes the core. Raises ConfigError, ModelFileError, UnsupportedModel or OutOfMemory."""
+def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequantize: bool = False) -> LocalEngine:
+    """Loads the model and composes the core. Raises ConfigError, ModelFileError, UnsupportedModel or OutOfMemory.
+
+    With `dequantize` quantized weights become --dtype while loading: what quantization costs is measured against that.
+    """
     started = time.perf_counter()
     source, config, reasons, _ = describe_model(config)
     facts = source.spec.facts()
@@ -134,6 +137,7 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> L
         dtype=config.model.dtype,
         max_positions=facts.max_model_len if wanted == "auto" else int(wanted or 0),
         load_format=config.model.load_format,
+        dequantize=dequantize,
         progress=progress,
     )
     budget = fit_kv_cache(

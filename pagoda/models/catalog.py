@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from pagoda.base.registry import nearest
 from pagoda.files.gguf import GgufFile, read_gguf
 from pagoda.files.safetensors import SafetensorsFile, read_safetensors
 from pagoda.loader.names import NameMap, gguf_names
-from pagoda.loader.weights import Progress, load_dummy, load_weights
+from pagoda.loader.tensor import SourceTensor
+from pagoda.loader.weights import Progress, Transform, load_dummy, load_weights
 from pagoda.models import gguf
 from pagoda.models.decoder import Decoder, Model
 from pagoda.models.hf import HfConfig
@@ -106,15 +107,27 @@ def build_model(
     max_positions: int,
     load_format: str = "auto",
     mesh: Mesh | None = None,
+    dequantize: bool = False,
     progress: Progress | None = None,
 ) -> Model:
-    """The model with its weights packed. `dtype` is that of unquantized weights."""
+    """The model with its weights packed. `dtype` is that of unquantized weights; with `dequantize` there are no others."""
     model = Decoder(source.spec, dtype=dtype, max_positions=max_positions, mesh=mesh)
     if load_format == "dummy":
         load_dummy(model.slots())
     else:
         files = source.open_weights()
         transform = gguf.row_order(source.gguf_file, source.spec) if source.gguf_file else None
+        transform = _dequantized(transform) if dequantize else transform
         load_weights(model.slots(), files, source.names, transform=transform, progress=progress)
     model.finish()
     return model
+
+
+def _dequantized(transform: Transform | None) -> Transform:
+    """`transform`, then block-quantized rows as the floats they stand for."""
+
+    def dense(name: str, tensor: SourceTensor) -> SourceTensor:
+        tensor = transform(name, tensor) if transform else tensor
+        return tensor if tensor.ggml_type is None else replace(tensor, array=tensor.as_float32(), ggml_type=None)
+
+    return dense
