@@ -1,6 +1,7 @@
 """Builds the native library: one object per instruction set, linked into one shared library, with any C++20 compiler.
 
     python pagoda/csrc/build.py            builds pagoda/kernels/cpu/libpagoda.so when sources or flags changed
+    python pagoda/csrc/build.py --force    builds it in any case
 
 Uses only the standard library, because the wheel's build hook runs it before anything is installed.
 """
@@ -16,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["LIBRARY", "BuildError", "build", "find_compiler"]
+__all__ = ["LIBRARY", "BuildError", "build", "build_roofline", "find_compiler"]
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "kernels" / "cpu"
@@ -89,6 +90,19 @@ def build(*, jobs: int = 2, force: bool = False) -> Path:
     fresh.replace(LIBRARY)  # atomic: a process that has the old one mapped keeps it
     stamp.write_text(fingerprint)
     return LIBRARY
+
+
+def build_roofline() -> Path:
+    """Builds the program that measures this machine's limits, for this machine only, and returns its path."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler: set CXX, or install g++ or clang++")
+    program = HERE / "build" / "roofline"
+    source = HERE / "bench" / "roofline.cpp"
+    program.parent.mkdir(exist_ok=True)
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        _run([*compiler.split(), "-std=c++20", "-O3", "-march=native", str(source), "-o", str(program), "-pthread"])
+    return program
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ struct Isa {
 };
 
 // The next `chunk` items of `count`, or false when none are left. Which thread gets which item never changes a result.
-inline bool take(const Call& c, int64_t count, int64_t chunk, int64_t* begin, int64_t* end) {
+static inline bool take(const Call& c, int64_t count, int64_t chunk, int64_t* begin, int64_t* end) {
     int64_t at = c.ticket->fetch_add(chunk, std::memory_order_relaxed);
     if (at >= count) return false;
     *begin = at;
@@ -43,26 +43,26 @@ inline bool take(const Call& c, int64_t count, int64_t chunk, int64_t* begin, in
     return true;
 }
 
-inline int64_t chunk_for(int64_t count, int num_threads, int64_t least = 1) {
+static inline int64_t chunk_for(int64_t count, int num_threads, int64_t least = 1) {
     int64_t chunk = count / (int64_t(num_threads) * 4);
     return chunk > least ? chunk : least;
 }
 
-inline void report(const Call& c, const char* what) {
+static inline void report(const Call& c, const char* what) {
     const char* none = nullptr;
     c.fault->compare_exchange_strong(none, what);
 }
 
 template <class T>
-inline T* row(const pg_tensor& t, int64_t r) {
+static inline T* row(const pg_tensor& t, int64_t r) {
     return static_cast<T*>(t.data) + r * t.stride;
 }
 
 // Element i of a one-dimensional index operand of either width.
-inline int64_t index_at(const pg_tensor& t, int64_t i) {
+static inline int64_t index_at(const pg_tensor& t, int64_t i) {
     return t.dtype == PG_I64 ? static_cast<const int64_t*>(t.data)[i] : static_cast<const int32_t*>(t.data)[i];
 }
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 }  // namespace pg

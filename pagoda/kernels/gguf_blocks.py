@@ -9,15 +9,17 @@ three formats the kernels compute on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 
 __all__ = ["BLOCK_SIZES", "dequantize", "quantize"]
 
-Blocks = np.ndarray  # uint8 (num_blocks, bytes per block)
+Blocks: TypeAlias = np.ndarray  # uint8 (num_blocks, bytes per block)
+Values: TypeAlias = Any  # float32 (num_blocks, values per block); arithmetic on arrays is untyped
 
 
-def _f16(blocks: Blocks, at: int) -> np.ndarray:
+def _f16(blocks: Blocks, at: int) -> Values:
     """The half float at byte `at` of each block -> float32 (n, 1)."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
 
@@ -32,25 +34,25 @@ def _fifth_bits(blocks: Blocks, at: int) -> np.ndarray:
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << 4
 
 
-def _q4_0(b: Blocks) -> np.ndarray:
+def _q4_0(b: Blocks) -> Values:
     return _f16(b, 0) * (_nibbles(b[:, 2:18]).astype(np.float32) - 8)
 
 
-def _q4_1(b: Blocks) -> np.ndarray:
+def _q4_1(b: Blocks) -> Values:
     return _f16(b, 0) * _nibbles(b[:, 4:20]).astype(np.float32) + _f16(b, 2)
 
 
-def _q5_0(b: Blocks) -> np.ndarray:
+def _q5_0(b: Blocks) -> Values:
     q = _nibbles(b[:, 6:22]) | _fifth_bits(b, 2)
     return _f16(b, 0) * (q.astype(np.float32) - 16)
 
 
-def _q5_1(b: Blocks) -> np.ndarray:
+def _q5_1(b: Blocks) -> Values:
     q = _nibbles(b[:, 8:24]) | _fifth_bits(b, 4)
     return _f16(b, 0) * q.astype(np.float32) + _f16(b, 2)
 
 
-def _q8_0(b: Blocks) -> np.ndarray:
+def _q8_0(b: Blocks) -> Values:
     return _f16(b, 0) * b[:, 2:34].view(np.int8).astype(np.float32)
 
 
@@ -60,14 +62,14 @@ def _two_bit_planes(qs: np.ndarray) -> np.ndarray:
     return (qs.reshape(-1, 2, 1, 32) >> shifts) & 3
 
 
-def _q2_k(b: Blocks) -> np.ndarray:
+def _q2_k(b: Blocks) -> Values:
     scales, d, dmin = b[:, :16], _f16(b, 80), _f16(b, 82)
     q = _two_bit_planes(b[:, 16:80]).reshape(-1, 16, 16).astype(np.float32)
     step, offset = d * (scales & 15), dmin * (scales >> 4)
     return (step[:, :, None] * q - offset[:, :, None]).reshape(-1, 256)
 
 
-def _q3_k(b: Blocks) -> np.ndarray:
+def _q3_k(b: Blocks) -> Values:
     hmask, packed, d = b[:, :32], b[:, 96:108], _f16(b, 108)
     low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     shifts = np.array([0, 2, 4, 6], np.uint8)[None, :, None]
@@ -85,7 +87,7 @@ def _six_bit_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scales.astype(np.float32), minima.astype(np.float32)
 
 
-def _four_bit_k(b: Blocks, q: np.ndarray) -> np.ndarray:
+def _four_bit_k(b: Blocks, q: np.ndarray) -> Values:
     scales, minima = _six_bit_scales(b[:, 4:16])
     step, offset = _f16(b, 0) * scales, _f16(b, 2) * minima
     return (step[:, :, None] * q.astype(np.float32) - offset[:, :, None]).reshape(-1, 256)
@@ -97,16 +99,16 @@ def _nibble_planes(qs: np.ndarray) -> np.ndarray:
     return (np.concatenate([runs & 15, runs >> 4], axis=2)).reshape(-1, 8, 32)
 
 
-def _q4_k(b: Blocks) -> np.ndarray:
+def _q4_k(b: Blocks) -> Values:
     return _four_bit_k(b, _nibble_planes(b[:, 16:144]))
 
 
-def _q5_k(b: Blocks) -> np.ndarray:
+def _q5_k(b: Blocks) -> Values:
     bits = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[None, :, None]) & 1
     return _four_bit_k(b, _nibble_planes(b[:, 48:176]) | (bits << 4))
 
 
-def _q6_k(b: Blocks) -> np.ndarray:
+def _q6_k(b: Blocks) -> Values:
     low = b[:, :128].reshape(-1, 2, 1, 64)
     low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
@@ -116,19 +118,19 @@ def _q6_k(b: Blocks) -> np.ndarray:
     return ((_f16(b, 208) * scales)[:, :, None] * q).reshape(-1, 256)
 
 
-def _f16_row(b: Blocks) -> np.ndarray:
+def _f16_row(b: Blocks) -> Values:
     return np.ascontiguousarray(b).view(np.float16).astype(np.float32)
 
 
-def _bf16_row(b: Blocks) -> np.ndarray:
+def _bf16_row(b: Blocks) -> Values:
     return (np.ascontiguousarray(b).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _f32_row(b: Blocks) -> np.ndarray:
+def _f32_row(b: Blocks) -> Values:
     return np.ascontiguousarray(b).view(np.float32)
 
 
-_DECODERS: dict[str, tuple[int, int, Callable[[Blocks], np.ndarray]]] = {  # values and bytes a block, decoder
+_DECODERS: dict[str, tuple[int, int, Callable[[Blocks], Values]]] = {  # values and bytes a block, decoder
     "F32": (1, 4, _f32_row),
     "F16": (1, 2, _f16_row),
     "BF16": (1, 2, _bf16_row),
@@ -156,7 +158,8 @@ def dequantize(type_name: str, rows: np.ndarray) -> np.ndarray:
     if rows.shape[1] % num_bytes:
         raise ValueError(f"a row of {rows.shape[1]} bytes is not a whole number of {num_bytes}-byte `{type_name}` blocks")
     with np.errstate(invalid="ignore", over="ignore"):  # a corrupt scale may be anything; NaN is caught at the logits
-        return decode(np.ascontiguousarray(rows).reshape(-1, num_bytes)).reshape(rows.shape[0], -1)
+        values: np.ndarray = decode(np.ascontiguousarray(rows).reshape(-1, num_bytes))
+    return values.reshape(rows.shape[0], -1)
 
 
 def quantize(type_name: str, w_NK: np.ndarray) -> np.ndarray:
@@ -180,8 +183,9 @@ def quantize(type_name: str, w_NK: np.ndarray) -> np.ndarray:
         raise ValueError(f"no quantizer for `{type_name}`; known: Q4_0, Q4_1, Q8_0")
     q = q.astype(np.uint8)
     packed = q[:, :16] | (q[:, 16:] << 4)
-    return np.concatenate([h.view(np.uint8) for h in head] + [packed], axis=1).reshape(w_NK.shape[0], -1)
+    blocks = np.concatenate([h.view(np.uint8) for h in head] + [packed], axis=1)
+    return np.reshape(blocks, (w_NK.shape[0], -1))
 
 
-def _rounded(x: np.ndarray, step: np.ndarray, low: int, high: int) -> np.ndarray:
+def _rounded(x: np.ndarray, step: np.ndarray, low: int, high: int) -> Values:
     return np.clip(np.rint(x / np.where(step == 0, 1, step)), low, high)

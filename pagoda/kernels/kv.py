@@ -82,12 +82,9 @@ def allocate_kv_plane(
 
 def keys_by_token(plane: KvPlane, block_ids: np.ndarray) -> np.ndarray:
     """Keys of whole blocks in reading order -> (blocks, num_kv_heads, block_size, head_dim) in the plane's type."""
-    k = plane.k[block_ids]
-    if plane.dtype == "bfloat16":  # (n, H, g, D/2, 16, 2) -> (n, H, g, 16, D/2, 2)
-        k = np.moveaxis(k, 4, 3)
-    else:  # (n, H, g, D, 16) -> (n, H, g, 16, D)
-        k = np.moveaxis(k, 4, 3)
-    return k.reshape(len(block_ids), plane.num_kv_heads, plane.block_size, plane.head_dim)
+    k: np.ndarray = np.moveaxis(plane.k[block_ids], 4, 3)  # lanes before what is left of head_dim
+    shape = (len(block_ids), plane.num_kv_heads, plane.block_size, plane.head_dim)
+    return np.reshape(k, shape)
 
 
 def read_tokens(plane: KvPlane, block_ids: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:

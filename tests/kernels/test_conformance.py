@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagoda.kernels import ops, table
+from pagoda.kernels import bench, ops, table
 from pagoda.kernels.kv import KvPlane
 
 from .cases import CASES, Case
@@ -54,3 +54,11 @@ def test_every_op_has_reference_native_and_recording() -> None:
     for op in ops.__all__:
         assert {"reference", "cpu", "record"} <= set(table.devices_of(op)), op
     assert set(table.ops_registered()) == set(ops.__all__)
+
+
+def test_every_op_has_a_bench_row_that_runs() -> None:
+    assert {row.op for row in bench.ROWS} == set(ops.__all__)
+    assert table.numpy_device() == "cpu"
+    for op in ops.__all__:
+        row = min((r for r in bench.ROWS if r.op == op), key=lambda r: r.nbytes * r.copies)
+        assert bench.measure(row, seconds=0.0) > 0

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from pagoda.kernels import ops
-from pagoda.kernels.kv import KvPlane, allocate_kv_plane, bytes_per_block, copy_blocks, read_blocks, read_tokens, write_blocks
+from pagoda.kernels.kv import (
+    KvPlane,
+    allocate_kv_plane,
+    bytes_per_block,
+    copy_blocks,
+    read_blocks,
+    read_tokens,
+    write_blocks,
+)
 
 from .cases import bf16, normal
 
@@ -44,7 +52,7 @@ def test_pages_can_be_copied_and_carried(dtype: str) -> None:
     write_blocks(other, np.array([0, 2]), read_blocks(cache, np.array([3, 5])))
     for a, b in zip(before, read_tokens(other, np.array([0, 2]), 64)):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="take .* bytes"):
+    with pytest.raises(ValueError, match=r"take .* bytes"):
         write_blocks(other, np.array([0]), b"123")
 
 
