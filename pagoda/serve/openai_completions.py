@@ -169,6 +169,7 @@ class CompletionRenderer:
         self._num_prompt = [0] * len(prompts)
         self._num_cached = [0] * len(prompts)
         self._num_generated = 0
+        self._prompt_logprobs: list[list[Position | None] | None] = [None] * len(prompts)
         self._offsets: dict[int, int] = {}  # choice -> characters said so far; a choice without entry has not begun
 
     def whole(self, outputs: list[RequestOutput]) -> bytes:
@@ -213,6 +214,8 @@ class CompletionRenderer:
     def _note(self, prompt_idx: int, output: RequestOutput) -> None:
         self._num_prompt[prompt_idx] = len(output.prompt_token_ids) or self._num_prompt[prompt_idx]
         self._num_cached[prompt_idx] = max(self._num_cached[prompt_idx], output.num_cached_tokens)
+        if output.prompt_logprobs is not None:  # said once, and every sample echoes the prompt
+            self._prompt_logprobs[prompt_idx] = list(output.prompt_logprobs)
         if not self._is_scoring:
             self._num_generated += sum(len(sample.token_ids) for sample in output.outputs)
 
@@ -234,7 +237,7 @@ class CompletionRenderer:
             text = (self._prompts[prompt_idx].text or "") + text
         choice = CompletionChoice(index=index, text=text, finish_reason=sample.finish_reason, stop_reason=sample.stop_reason)
         if self._num_top is not None:
-            choice.logprobs = self._logprobs(index, starts, sample, output)
+            choice.logprobs = self._logprobs(index, starts and self._is_echo, sample, output)
         self._offsets.setdefault(index, 0)
         if self._has_token_ids:
             choice.token_ids = [] if self._is_scoring else sample.token_ids
@@ -244,19 +247,24 @@ class CompletionRenderer:
             choice.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
         return choice
 
-    def _logprobs(self, index: int, starts: bool, sample: CompletionOutput, output: RequestOutput) -> CompletionLogprobs:
+    def _logprobs(self, index: int, echoes: bool, sample: CompletionOutput, output: RequestOutput) -> CompletionLogprobs:
+        prompt_idx = index // self._num_samples
         token_ids: list[int] = []
         positions: list[Position | None] = []
-        if starts and self._is_echo and output.prompt_logprobs is not None:
-            token_ids += output.prompt_token_ids
-            positions += output.prompt_logprobs
+        offset = self._offsets.get(index, 0)
+        if echoes:
+            prompt_positions = self._prompt_logprobs[prompt_idx]
+            if prompt_positions is None:
+                offset = len(self._prompts[prompt_idx].text or "")
+            else:
+                token_ids += output.prompt_token_ids
+                positions += prompt_positions
         if not self._is_scoring:
             token_ids += sample.token_ids
             positions += sample.logprobs or []
-        offset = self._offsets.get(index, 0)
-        if starts and self._is_echo and output.prompt_logprobs is None:
-            offset = len(self._prompts[index // self._num_samples].text or "")
-        logprobs, self._offsets[index] = completion_logprobs(token_ids, positions, self._num_top or 0, self._namer, offset)
+        logprobs, self._offsets[index] = completion_logprobs(
+            token_ids, positions, self._num_top or 0, self._namer, offset
+        )
         return logprobs
 
 

@@ -225,6 +225,7 @@ class Rig:
             tokenizer=self.tokenizer,
             template=self.template,
             created=1700000000,
+            response_role=self.state.config.response_role,
             cache_facts={"block_size": 16, "num_gpu_blocks": 100},
         )
         self.base_url = ""
@@ -237,7 +238,13 @@ class Rig:
     def running(self) -> Iterator[Rig]:
         sock = socket.create_server(("127.0.0.1", 0))
         self.base_url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        config = uvicorn.Config(build_app(self.state), log_level="critical", lifespan="off", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            build_app(self.state),
+            log_level="critical",
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+            root_path=self.state.config.root_path,
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()

@@ -174,6 +174,14 @@ def test_completion_logprobs_and_echo(client: openai.OpenAI) -> None:
     assert named.choices[0].logprobs.tokens[0].startswith("token_id:")
 
 
+def test_every_streamed_sample_echoes_the_prompt_with_logprobs(client: openai.OpenAI) -> None:
+    tokens: dict[int, list[str]] = {0: [], 1: []}
+    for chunk in client.completions.create(model=MODEL, prompt="abc", n=2, echo=True, logprobs=0, max_tokens=2, stream=True):
+        for choice in chunk.choices:
+            tokens[choice.index] += choice.logprobs.tokens
+    assert tokens == {0: ["a", "b", "c", "H", "e"], 1: ["a", "b", "c", "H", "e"]}
+
+
 def test_prompt_logprobs(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="abc", max_tokens=1, extra_body={"prompt_logprobs": 1})
     found = answer.choices[0].prompt_logprobs

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import httpx
 import msgspec
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagoda.engine.stats import EngineStats, StatsRecorder
@@ -36,6 +38,18 @@ def test_states_of_health() -> None:
         assert http.post(TEXT, json={"prompt": "a"}).json()["error"]["code"] == "shutting_down"
         rig.state.fail("no memory")
         assert http.get("/health").json()["error"]["message"] == "the engine did not start: no memory"
+
+
+def test_what_the_server_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """--response-role, --root-path, --enable-log-requests."""
+    rig = Rig(response_role="bard", root_path="/llm", enable_log_requests=True, api_key=("k",)).make_ready()
+    with rig.running(), httpx.Client(base_url=rig.base_url) as http, caplog.at_level(logging.INFO, "pagoda.serve"):
+        headers = {"Authorization": "Bearer k"}
+        body = {"messages": [USER], "request_id": "logged", "temperature": 0.125}
+        answer = http.post(CHAT, json=body, headers=headers).json()
+        assert answer["choices"][0]["message"]["role"] == "bard"
+        assert http.get("/health").status_code == 200 and http.get("/v1/models").status_code == 401
+    assert "chatcmpl-logged" in caplog.text and "temperature=0.125" in caplog.text and "hi" not in caplog.text.split("chatcmpl-logged")[1]
 
 
 def test_tokenize(http: httpx.Client) -> None:
