@@ -62,33 +62,44 @@ std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], P
     }
     fault_.store(nullptr);
     ops_ = ops;
-    pool_ = &pool;
     progress_ = progress;
-    pool.run(&Sequence::job, this);
+    plan(ops, pool.size());
+    pool.run(&Sequence::job, this, int(stage_end_.size()));
     const char* fault = fault_.load();
     return fault ? fault : std::string();
 }
 
-void Sequence::job(void* self, int tid, int num_threads) { static_cast<Sequence*>(self)->step(tid, num_threads); }
-
-void Sequence::step(int tid, int num_threads) {
+// Cuts the run into stages: one ends at every barrier and between the phases of an instruction.
+void Sequence::plan(const Op* ops, int num_threads) {
+    items_.clear();
+    stage_end_.clear();
     for (size_t k = 0; k < code_.size(); ++k) {
-        const pg_instruction& in = code_[k];
-        const Op& op = ops_[in.opcode];
-        if (in.opcode == kOp_mark) {
-            if (tid == 0 && progress_) {
+        int phases = ops[code_[k].opcode].phases(calls_[k], num_threads);
+        for (int p = 0; p < phases; ++p) {
+            items_.push_back({uint32_t(k), uint32_t(p)});
+            if (p + 1 < phases || code_[k].barrier) stage_end_.push_back(uint32_t(items_.size()));
+        }
+    }
+    if (stage_end_.empty() || stage_end_.back() != items_.size()) stage_end_.push_back(uint32_t(items_.size()));
+}
+
+void Sequence::job(void* self, int stage, int tid, int num_threads) {
+    static_cast<Sequence*>(self)->step(stage, tid, num_threads);
+}
+
+void Sequence::step(int stage, int tid, int num_threads) {
+    for (uint32_t at = stage ? stage_end_[size_t(stage) - 1] : 0; at < stage_end_[size_t(stage)]; ++at) {
+        const Item item = items_[at];
+        Call c = calls_[item.instruction];
+        c.ticket += item.phase;
+        if (code_[item.instruction].opcode == kOp_mark) {
+            if (c.ticket->fetch_add(1) == 0 && progress_) {
                 progress_->marks.fetch_add(1);
                 progress_->marks.notify_all();
             }
         } else {
-            Call c = calls_[k];
-            int phases = op.phases(c, num_threads);
-            for (int p = 0; p < phases; ++p, ++c.ticket) {
-                op.run(c, p, tid, num_threads);
-                if (p + 1 < phases) pool_->barrier();
-            }
+            ops_[code_[item.instruction].opcode].run(c, int(item.phase), tid, num_threads);
         }
-        if (in.barrier) pool_->barrier();
     }
 }
 

@@ -34,17 +34,24 @@ class Sequence {
     std::string run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress);
 
    private:
-    static void job(void* self, int tid, int num_threads);
-    void step(int tid, int num_threads);
+    // One phase of one instruction. Items of a stage may overlap in time; stages may not.
+    struct Item {
+        uint32_t instruction, phase;
+    };
+
+    static void job(void* self, int stage, int tid, int num_threads);
+    void plan(const Op* ops, int num_threads);
+    void step(int stage, int tid, int num_threads);
 
     std::vector<pg_instruction> code_;
     std::vector<Call> calls_;
+    std::vector<Item> items_;            // of this run: phases depend on the number of rows
+    std::vector<uint32_t> stage_end_;    // stage s is items [stage_end[s - 1], stage_end[s])
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
     Bytes scratch_;
     int64_t scratch_bytes_ = 0;
     std::atomic<const char*> fault_{nullptr};
     const Op* ops_ = nullptr;
-    Pool* pool_ = nullptr;
     Progress* progress_ = nullptr;
 };
 

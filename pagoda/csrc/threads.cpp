@@ -8,7 +8,7 @@
 namespace pg {
 namespace {
 
-constexpr int kBarrierSpins = 2000;
+constexpr int kStageSpins = 2000;
 constexpr int kIdleSpins = 4000;
 
 inline void relax() {
@@ -30,22 +30,8 @@ void pin([[maybe_unused]] int cpu) {
 
 }  // namespace
 
-void Pool::Word::set(uint32_t to) {
-    value.store(to, std::memory_order_seq_cst);
-    if (sleepers.load(std::memory_order_seq_cst) > 0) value.notify_all();
-}
-
-void Pool::Word::wait_while(uint32_t old, int spins) {
-    for (int i = 0; i < spins; ++i) {
-        if (value.load(std::memory_order_acquire) != old) return;
-        relax();
-    }
-    sleepers.fetch_add(1, std::memory_order_seq_cst);
-    value.wait(old, std::memory_order_seq_cst);
-    sleepers.fetch_sub(1, std::memory_order_relaxed);
-}
-
 Pool::Pool(int num_threads, const int* cpu_ids) : num_threads_(num_threads < 1 ? 1 : num_threads) {
+    state_.store(pack({0, 0, true}));
     for (int tid = 1; tid < num_threads_; ++tid) {
         int cpu = cpu_ids ? cpu_ids[tid] : -1;
         workers_.emplace_back([this, tid, cpu] {
@@ -57,38 +43,92 @@ Pool::Pool(int num_threads, const int* cpu_ids) : num_threads_(num_threads < 1 ?
 
 Pool::~Pool() {
     closing_.store(true);
-    round_.set(round_.value.load() + 1);
+    state_.store(pack({~0u, 0, true}));   // unlike whatever anybody waits on
+    announce();
     for (auto& worker : workers_) worker.join();
 }
 
 void Pool::work(int tid) {
-    for (uint32_t seen = 0;;) {
-        round_.wait_while(seen, kIdleSpins);
-        ++seen;
+    for (int spins = kIdleSpins;;) {
+        uint32_t stage;
+        uint64_t seen;
         if (closing_.load()) return;
-        job_(context_, tid, num_threads_);
-        barrier();
+        if (enter(&stage, &seen)) {
+            job_(context_, int(stage), tid, num_threads_);
+            leave();
+            spins = kStageSpins;
+        } else {
+            wait_for_change(seen, spins);
+            spins = kIdleSpins;
+        }
     }
 }
 
-void Pool::run(Job job, void* context) {
-    if (num_threads_ == 1) return job(context, 0, 1);
+void Pool::run(Job job, void* context, int num_stages) {
+    if (num_threads_ == 1) {
+        for (int stage = 0; stage < num_stages; ++stage) job(context, stage, 0, 1);
+        return;
+    }
     job_ = job;
     context_ = context;
-    round_.set(round_.value.load(std::memory_order_relaxed) + 1);
-    job(context, 0, num_threads_);
-    barrier();
+    num_stages_ = uint32_t(num_stages);
+    if (num_stages == 0) return;
+    state_.store(pack({0, 1, false}), std::memory_order_release);
+    announce();
+    uint32_t stage = 0;
+    for (;;) {
+        job(context, int(stage), 0, num_threads_);
+        leave();
+        uint64_t seen;
+        while (!enter(&stage, &seen)) {
+            if (unpack(seen).stage == num_stages_) return;
+            wait_for_change(seen, kStageSpins);
+        }
+    }
 }
 
-void Pool::barrier() {
-    if (num_threads_ == 1) return;
-    uint32_t passed = phase_.value.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(num_threads_)) {
-        arrived_.store(0, std::memory_order_relaxed);
-        phase_.set(passed + 1);
-    } else {
-        phase_.wait_while(passed, kBarrierSpins);
+// True with the open stage; false with the state that was found closed.
+bool Pool::enter(uint32_t* stage, uint64_t* seen) {
+    uint64_t v = state_.load(std::memory_order_acquire);
+    for (;;) {
+        State s = unpack(v);
+        if (s.closed) {
+            *seen = v;
+            return false;
+        }
+        if (state_.compare_exchange_weak(v, pack({s.stage, s.inside + 1, false}), std::memory_order_acquire)) {
+            *stage = s.stage;
+            return true;
+        }
     }
+}
+
+// A thread leaves when nothing is left to take, so whoever leaves first closes the stage.
+void Pool::leave() {
+    uint64_t v = state_.load(std::memory_order_relaxed);
+    State to;
+    do {
+        State s = unpack(v);
+        to = s.inside > 1 ? State{s.stage, s.inside - 1, true} : State{s.stage + 1, 0, s.stage + 1 == num_stages_};
+    } while (!state_.compare_exchange_weak(v, pack(to), std::memory_order_acq_rel));
+    if (to.inside == 0) announce();
+}
+
+void Pool::wait_for_change(uint64_t seen, int spins) {
+    for (int i = 0; i < spins; ++i) {
+        if (state_.load(std::memory_order_acquire) != seen) return;
+        relax();
+    }
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    uint32_t changes = changes_.load(std::memory_order_seq_cst);
+    if (state_.load(std::memory_order_seq_cst) == seen) changes_.wait(changes, std::memory_order_seq_cst);
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+// After every change of state_ that somebody may be waiting for.
+void Pool::announce() {
+    changes_.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) changes_.notify_all();
 }
 
 }  // namespace pg
