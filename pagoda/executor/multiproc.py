@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -137,10 +138,11 @@ def _builder(name: str) -> Callable[[Any], Engine]:
     return build
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(directory: str) -> None:
     """Standard input is a pipe that the parent holds open; it ends when the parent does, however that happens."""
     while os.read(0, 4096):
         pass
+    shutil.rmtree(directory, ignore_errors=True)
     os._exit(1)
 
 
@@ -174,7 +176,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stdin = sys.stdin.buffer
     hello = msgspec.msgpack.decode(stdin.read(int.from_bytes(stdin.read(8), "little")), type=Hello)
-    threading.Thread(target=_die_with_parent, name="pagoda-parent-watch", daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(hello.directory,), name="pagoda-parent-watch", daemon=True).start()
     setup_logging(hello.log_level)
     status = serve_core(hello, CoreChannel(hello.directory))
     sys.stdout.flush()

@@ -8,6 +8,7 @@ one terminal output. Restarting the process and replaying those requests would b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
 import signal
@@ -50,6 +51,7 @@ _CODE = "import sys; sys.path[:] = {path!r}; from pagoda.executor.multiproc impo
 _PING_SECONDS = 2.0
 _STALL_SECONDS = 10.0
 _STALL_STEPS = 10.0
+_LAST_WORDS_SECONDS = 0.1  # what a process said before it ended may still be in the pipe
 
 
 class EngineProcess:
@@ -69,8 +71,9 @@ class EngineProcess:
         process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=subprocess.PIPE)
         hello = msgspec.msgpack.encode(Hello(directory, builder, config, log_level))
         assert process.stdin is not None
-        process.stdin.write(len(hello).to_bytes(8, "little") + hello)
-        process.stdin.flush()  # and kept open: the child ends when it closes
+        with contextlib.suppress(BrokenPipeError):  # it died at once, which its client will notice
+            process.stdin.write(len(hello).to_bytes(8, "little") + hello)
+            process.stdin.flush()  # and kept open: the child ends when it closes
         return cls(process, directory, channel)
 
     @property
@@ -103,7 +106,8 @@ class EngineProcess:
                 self._process.wait()
         self.channel.close()
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -240,10 +244,10 @@ class ProcessClient:
     def _watch(self) -> None:
         how = self._process.wait()
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._ended, how)
+            self._loop.call_soon_threadsafe(self._loop.call_later, _LAST_WORDS_SECONDS, self._ended, how)
 
     def _ended(self, how: str) -> None:
-        self._read()  # its last words, if it had time for them
+        self._read()
         self._die(EngineDead(how, code="engine_dead"))
 
     def _die(self, error: PagodaError) -> None:

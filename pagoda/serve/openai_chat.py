@@ -229,6 +229,12 @@ def _check_features(body: ChatCompletionRequest, warnings: list[str]) -> None:
     if body.response_format is not None and body.response_format.type != "text":
         kind = body.response_format.type
         raise InvalidRequest(f"`response_format` `{kind}` is not supported by this version of Pagoda; only `text` is", param="response_format", code="unsupported")
+    if body.include_reasoning is False:
+        raise InvalidRequest(
+            "`include_reasoning`: false is not supported by this version of Pagoda: reasoning is not told from the answer",
+            param="include_reasoning",
+            code="unsupported",
+        )
     if body.modalities is not None and body.modalities != ["text"]:
         raise InvalidRequest("`modalities` other than text are not supported by this version of Pagoda", param="modalities", code="unsupported")
 

@@ -188,14 +188,15 @@ def test_the_engine_dies_with_its_parent() -> None:
         "async def main():\n"
         f"    process = EngineProcess.start(toy_config(), builder={BUILDER!r}, log_level='error')\n"
         "    await ProcessClient(process).wait_ready()\n"
-        "    print(process.pid, flush=True)\n"
+        "    print(process.pid, process._directory, flush=True)\n"
         "    time.sleep(100)\n"
         "asyncio.run(main())"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
+        words = parent.stdout.readline().split()
+        pid, directory = int(words[0]), Path(words[1])
         os.kill(pid, signal.SIGINT)  # a terminal's Ctrl-C and a service's stop reach it too: it waits for its parent's decision
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.3)
@@ -207,6 +208,7 @@ def test_the_engine_dies_with_its_parent() -> None:
     while is_running(pid):
         assert time.monotonic() < end, "the engine process outlived its parent"
         time.sleep(0.02)
+    assert not directory.exists()
 
 
 async def test_close_ends_the_process_and_its_files() -> None:
@@ -218,3 +220,10 @@ async def test_close_ends_the_process_and_its_files() -> None:
     client.close()
     client.close()
     assert not process.is_alive and not Path(directory).exists()
+
+
+async def test_a_process_that_dies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagoda.executor.process._CODE", "raise SystemExit(3)  # {path}")
+    async with client_of(toy_config()) as client:
+        with pytest.raises(EngineDead, match="status 3"):
+            await asyncio.wait_for(client.wait_ready(), 10)

@@ -64,6 +64,7 @@ BAD_CHATS = {
     "tool_choice": [{"tool_choice": "required", "tools": [{}]}, {"tool_choice": "auto"}, {"tool_choice": {"type": "function"}}],
     "response_format": [{"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_schema", "json_schema": {}}}],
     "modalities": [{"modalities": ["text", "audio"]}],
+    "include_reasoning": [{"include_reasoning": False}],
     "audio": [{"audio": {"voice": "a"}}],
     "guided_json": [{"guided_json": {}}],
     "structured_outputs": [{"structured_outputs": {"regex": "a"}}],
