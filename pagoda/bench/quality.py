@@ -99,7 +99,7 @@ def _read_both(engine: LocalEngine, reference: LocalEngine, ids: list[int]) -> _
     return _Chunk(
         loss=-logq_TV[rows, targets],
         loss_reference=-logp_TV[rows, targets],
-        divergence=np.sum(np.exp(logp_TV) * (logp_TV - logq_TV), axis=1, dtype=np.float64),
+        divergence=(np.exp(logp_TV) * (logp_TV - logq_TV)).sum(axis=1, dtype=np.float64),
         is_same_top=np.argmax(logp_TV, axis=1) == np.argmax(logq_TV, axis=1),
     )
 
