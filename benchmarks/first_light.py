@@ -211,7 +211,7 @@ class _Transformers:
         missing, unknown = model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()}, strict=False)
         assert not unknown and set(missing) <= {"lm_head.weight"}, f"weights do not fit: {missing}, {unknown}"
         model.tie_weights()
-        self._torch, self._model = torch, model.to(torch.bfloat16).eval()
+        self._torch, self._model = torch, model.bfloat16().eval()
 
     def run(self, prompts: list[list[int]], output_len: int) -> tuple[float, float, list[list[int]]]:
         times: list[float] = []

@@ -49,7 +49,7 @@ class Options(Workload):
     num_warmups: int = field(1, "requests sent before those that count")
     temperature: float = field(0.0, "0: always the likeliest token")
     ignore_eos: bool = field(True, "let every answer have its full length")
-    goodput: tuple[str, ...] = field((), "limits in ms a good request keeps, such as ttft:500 tpot:50 e2el:3000", repeat=True)
+    goodput: tuple[str, ...] = field((), "limits in ms a good request keeps, such as ttft:500 tpot:50 e2el:3000", repeat=True, metavar="NAME:MS")
     metric_percentiles: str = field("90,99", "percentiles to report", metavar="P,P")
     save_detailed: bool = field(False, "put every request's figures in the JSON")
 

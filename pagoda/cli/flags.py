@@ -85,7 +85,7 @@ def add_config_flags(parser: argparse.ArgumentParser, config: type, *, title: st
 def _flag(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"help": field.metadata.get("help", ""), "default": field.default}
     if field.metadata.get("repeat"):
-        return kwargs | {"nargs": "+", "metavar": "NAME"}
+        return kwargs | {"nargs": "+", "metavar": field.metadata.get("metavar", "NAME")}
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     literals = [value for option in options if typing.get_origin(option) is Literal for value in typing.get_args(option)]
     if bool in options:

@@ -13,7 +13,7 @@ from pagoda import __version__
 from pagoda.base.errors import PagodaError
 from pagoda.cli.flags import ArgumentParser, apply_config_file
 
-__all__ = ["COMMANDS", "Commands", "build_parser", "main"]
+__all__ = ["COMMANDS", "Commands", "build_parser", "chosen_parser", "main"]
 
 Commands = Mapping[str, tuple[str, str]]
 """name -> module with `add_arguments(parser)` and `run(args) -> exit code`, or with a table of its own; one line of help."""
@@ -81,10 +81,15 @@ def _add_commands(parser: ArgumentParser, table: Commands, words: Sequence[str],
         parser.set_defaults(_chosen=sub)
 
 
+def chosen_parser(parser: ArgumentParser) -> ArgumentParser:
+    """The innermost parser that `build_parser` filled: the command's own."""
+    while isinstance(deeper := parser.get_default("_chosen"), ArgumentParser):
+        parser = deeper
+    return parser
+
+
 def _parse(parser: ArgumentParser, args: Sequence[str]) -> argparse.Namespace:
-    chosen: ArgumentParser = parser
-    while isinstance(deeper := chosen.get_default("_chosen"), ArgumentParser):
-        chosen = deeper
+    chosen = chosen_parser(parser)
     if chosen.get_default("_run") is not None:
         apply_config_file(chosen, args)
     parsed: argparse.Namespace = parser.parse_args(args)

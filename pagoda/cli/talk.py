@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import Any, Protocol
 
 import httpx
@@ -31,7 +31,7 @@ class Talker(Protocol):
 
     name: str
 
-    def stream(self, route: str, body: Mapping[str, Any]) -> Iterator[str]:
+    def stream(self, route: str, body: Mapping[str, Any]) -> Generator[str, None, None]:
         """Text as it comes. Closing the iterator ends the request. Raises PagodaError when it is refused or fails."""
 
     def close(self) -> None: ...
@@ -46,7 +46,7 @@ class LocalTalker:
         self.name = self.model.name
         self._ids = itertools.count()
 
-    def stream(self, route: str, body: Mapping[str, Any]) -> Iterator[str]:
+    def stream(self, route: str, body: Mapping[str, Any]) -> Generator[str, None, None]:
         call = _PARSERS[route](json.dumps({**body, "stream": True}).encode(), None, self.model.context)
         outputs = self.model.answer(call, f"talk-{next(self._ids)}")
         try:
@@ -95,7 +95,7 @@ class HttpTalker:
         except (ValueError, LookupError, TypeError):
             raise RequestFailed(f"{self._url}/v1/models lists no model; use --model-name") from None
 
-    def stream(self, route: str, body: Mapping[str, Any]) -> Iterator[str]:
+    def stream(self, route: str, body: Mapping[str, Any]) -> Generator[str, None, None]:
         try:
             with self._client.stream("POST", route, json={"model": self.name, **body, "stream": True}) as answer:
                 if answer.status_code != 200:

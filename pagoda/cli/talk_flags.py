@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class SamplingFlags:
     repetition_penalty: float | None = field(None, "above 1: what was said becomes less likely")
     presence_penalty: float | None = field(None, "taken off the logits of tokens that were said")
     frequency_penalty: float | None = field(None, "the same, for each time they were said")
-    stop: Sequence[str] = field((), "texts that end the answer", repeat=True)
+    stop: Sequence[str] = field((), "texts that end the answer", repeat=True, metavar="TEXT")
 
 
 def add_talk_flags(parser: argparse.ArgumentParser, *, positional_model: bool) -> None:
@@ -79,11 +80,12 @@ def _engine_flags_given(config: EngineConfig) -> list[str]:
     return found
 
 
-def print_stream(pieces: Iterator[str]) -> str:
-    """Print the answer as it comes; the whole of it."""
+def print_stream(pieces: Generator[str, None, None]) -> str:
+    """Print the answer as it comes; the whole of it. Whatever stops us, the request ends too."""
     said = []
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        said.append(piece)
+    with closing(pieces):
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said.append(piece)
     print(flush=True)
     return "".join(said)
