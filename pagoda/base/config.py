@@ -21,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "changed_fields",
     "config_from_kwargs",
     "field",
 ]
@@ -112,6 +113,18 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     device: DeviceConfig = DeviceConfig()
+
+
+def changed_fields(config: EngineConfig) -> dict[str, Any]:
+    """What differs from the defaults, by field name, as a `--config` file holds it."""
+    found: dict[str, Any] = {}
+    for owner in dataclasses.fields(config):
+        part = getattr(config, owner.name)
+        for item in dataclasses.fields(part):
+            value = getattr(part, item.name)
+            if value != item.default:
+                found[item.name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 _OWNERS = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "device": DeviceConfig}

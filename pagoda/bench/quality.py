@@ -55,7 +55,7 @@ def measure(options: Options, config: EngineConfig) -> Report:
     if options.chunk_len < 2 or options.num_tokens < 2:
         raise ConfigError("`--chunk-len` and `--num-tokens` must be at least 2")
     text = _read(options.text_file)
-    config = _small(config, options.chunk_len)
+    config = _small(config)
     engine = build_engine(config)
     try:
         reference = build_engine(_as_reference(config, options.reference), dequantize=True)
@@ -144,14 +144,10 @@ def _weights(engine: LocalEngine) -> str:
     return f"{'+'.join(engine.ledger.formats)} {engine.ledger.weights_nbytes / 2**20:.0f} MiB"
 
 
-def _small(config: EngineConfig, chunk_len: int) -> EngineConfig:
-    """One request at a time, and a KV cache for just that, so that two models fit where one would have taken it all."""
-    model, cache, scheduler = config.model, config.cache, config.scheduler
-    if model.max_model_len is None:
-        model = replace(model, max_model_len="auto")
-    if cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None:
-        cache = replace(cache, num_gpu_blocks_override=4 * (-(-(chunk_len + 16) // 16)) + 1)
-    return replace(config, model=model, cache=cache, scheduler=replace(scheduler, max_num_seqs=1))
+def _small(config: EngineConfig) -> EngineConfig:
+    """One request at a time, so that the KV cache is for just that, and two models fit where one would have taken all memory."""
+    model = config.model if config.model.max_model_len is not None else replace(config.model, max_model_len="auto")
+    return replace(config, model=model, scheduler=replace(config.scheduler, max_num_seqs=1))
 
 
 def _as_reference(config: EngineConfig, model: str | None) -> EngineConfig:

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pagoda.base import env
-from pagoda.base.config import EngineConfig, field
+from pagoda.base.config import EngineConfig, changed_fields, field
 from pagoda.base.errors import ConfigError, RequestFailed
 from pagoda.bench.client import Client, Exchange, gather_all
 from pagoda.bench.report import Report, Row, Spread
@@ -34,6 +34,7 @@ from pagoda.text.tokenizer import Tokenizer
 __all__ = ["Options", "arrival_times", "measure", "summary"]
 
 _GOALS = ("ttft", "tpot", "e2el")
+_CLIENT_FIELDS = {"model", "served_model_name", "tokenizer", "revision", "hf_token", "download_dir", "seed", "max_model_len"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class Options(Workload):
 def measure(options: Options, config: EngineConfig) -> Report:
     """Raises ConfigError for options that cannot be measured, RequestFailed when the server cannot be used."""
     percents, goals = _percents(options.metric_percentiles), _goals(options.goodput)
+    if options.base_url and (misplaced := sorted(changed_fields(config).keys() - _CLIENT_FIELDS)):
+        raise ConfigError(f"`--{misplaced[0].replace('_', '-')}` is for a server started here; with --base-url the server has its own settings")
     front = load_front(config)
     limit = config.model.max_model_len
     requests = make_requests(

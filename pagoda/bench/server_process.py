@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-from pagoda.base.config import EngineConfig
+from pagoda.base.config import EngineConfig, changed_fields
 from pagoda.base.errors import RequestFailed
 
-__all__ = ["ServerProcess", "command", "flags_of", "running_server"]
+__all__ = ["ServerProcess", "command", "running_server", "write_config"]
 
 _POLL_SECONDS = 0.01
 _STOP_SECONDS = 15.0
@@ -39,24 +38,18 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "pagoda.cli", *words]
 
 
-def flags_of(config: EngineConfig) -> dict[str, Any]:
-    """What differs from the defaults, as a `--config` file holds it."""
-    found = {}
-    for owner in dataclasses.fields(config):
-        part = getattr(config, owner.name)
-        for item in dataclasses.fields(part):
-            value = getattr(part, item.name)
-            if value != item.default:
-                found[item.name] = list(value) if isinstance(value, tuple) else value
-    return found
+def write_config(config: EngineConfig, folder: Path) -> Path:
+    """A file for `--config` that says what `config` says."""
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(changed_fields(config)), encoding="utf-8")  # JSON is YAML
+    return path
 
 
 @contextmanager
 def running_server(config: EngineConfig, *, timeout: float = 600.0) -> Iterator[ServerProcess]:
     """Yields when /ready answers 200. RequestFailed with the server's last words when it does not get there."""
     with tempfile.TemporaryDirectory(prefix="pagoda-bench-") as folder:
-        config_file, log_file = Path(folder) / "config.yaml", Path(folder) / "log"
-        config_file.write_text(json.dumps(flags_of(config)), encoding="utf-8")  # JSON is YAML
+        config_file, log_file = write_config(config, Path(folder)), Path(folder) / "log"
         port = _free_port()
         words = command("serve", "--config", str(config_file), "--port", str(port), "--disable-log-stats")
         with open(log_file, "wb") as log:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pagoda.base import env
 from pagoda.base.config import EngineConfig, field
 from pagoda.base.errors import ConfigError, RequestFailed
 from pagoda.bench.client import Client
 from pagoda.bench.report import Report, Row, Spread
-from pagoda.bench.server_process import command, flags_of, running_server
+from pagoda.bench.server_process import command, running_server, write_config
 from pagoda.executor.launch import describe_model
 
 __all__ = ["Options", "measure"]
@@ -59,8 +59,7 @@ def measure(options: Options, config: EngineConfig) -> Report:
     source, *_ = describe_model(config)  # fetches it, and refuses what cannot run, before anything is timed
     found: dict[str, list[float]] = {name: [] for name in _LABELS}
     with tempfile.TemporaryDirectory(prefix="pagoda-bench-") as folder:
-        config_file = Path(folder) / "config.yaml"
-        config_file.write_text(json.dumps(flags_of(config)), encoding="utf-8")
+        config_file = write_config(config, Path(folder))
         for i in tqdm(range(options.num_iters_warmup + options.num_iters), desc="Rounds"):
             seconds = _round(config, config_file, options.timeout)
             if i >= options.num_iters_warmup:
@@ -108,7 +107,7 @@ def _first_output(process: subprocess.Popen[bytes]) -> None:
 
 
 async def _first_token(base_url: str) -> None:
-    client = Client(base_url, backend="openai")
+    client = Client(base_url, backend="openai", api_key=env.api_key())
     try:
         seen = await client.send(_PROMPT, 0, max_tokens=1, temperature=0, ignore_eos=True)
     finally:

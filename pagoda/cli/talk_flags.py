@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from pagoda.base.config import EngineConfig, field
+from pagoda.base.config import changed_fields, field
 from pagoda.base.errors import ConfigError
 from pagoda.cli.engine_flags import add_engine_flags, engine_config
 from pagoda.cli.flags import add_config_flags, config_from_args
@@ -64,20 +64,9 @@ def open_talker(args: argparse.Namespace) -> Talker:
         if sys.stderr.isatty():
             print(f"{talker.name}: loaded in {time.perf_counter() - started:.2f} s", file=sys.stderr)
         return talker
-    if misplaced := _engine_flags_given(config):
-        raise ConfigError(f"`{misplaced[0]}` is for loading a model here; with --url the server has loaded it")
+    if misplaced := sorted(changed_fields(config).keys() - {"model", "seed"}):
+        raise ConfigError(f"`--{misplaced[0].replace('_', '-')}` is for loading a model here; with --url the server has loaded it")
     return HttpTalker(args.url, api_key=args.api_key, model=args.model_name or config.model.model)
-
-
-def _engine_flags_given(config: EngineConfig) -> list[str]:
-    """Flags of the engine that differ from their defaults, but for those that mean something to a server."""
-    found = []
-    for owner in dataclasses.fields(config):
-        part = getattr(config, owner.name)
-        for item in dataclasses.fields(part):
-            if item.name not in ("model", "seed") and getattr(part, item.name) != item.default:
-                found.append(f"--{item.name.replace('_', '-')}")
-    return found
 
 
 def print_stream(pieces: Generator[str, None, None]) -> str:

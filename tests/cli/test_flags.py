@@ -47,7 +47,7 @@ def test_defaults_are_the_dataclass() -> None:
 
 
 def test_every_kind_of_flag() -> None:
-    words = "--text t --count 4k --length auto --share 0.25 --kind b --no-enable-it --names x y".split()
+    words = ["--text", "t", "--count", "4k", "--length", "auto", "--share", "0.25", "--kind", "b", "--no-enable-it", "--names", "x", "y"]
     assert _parse(*words) == _Config(text="t", count=4000, length="auto", share=0.25, kind="b", enable_it=False, names=["x", "y"])
 
 

@@ -95,7 +95,7 @@ def _args(module: Any, *words: str) -> argparse.Namespace:
 
 def test_only_what_was_set_is_sent() -> None:
     assert sampling_fields(_args(chat)) == {}
-    words = "--temperature 0 --max-tokens 1k --stop a b --seed 7 --top-p 0.5".split()
+    words = ["--temperature", "0", "--max-tokens", "1k", "--stop", "a", "b", "--seed", "7", "--top-p", "0.5"]
     assert sampling_fields(_args(chat, *words)) == {"temperature": 0.0, "max_tokens": 1000, "stop": ["a", "b"], "seed": 7, "top_p": 0.5}
 
 
@@ -141,7 +141,7 @@ def test_errors_of_a_server(rig: Rig) -> None:
     with pytest.raises(RequestFailed, match="404: the model `other` does not exist"):
         list(talker.stream(COMPLETIONS, {"prompt": "hi"}))
     talker.name = MODEL
-    with pytest.raises(RequestFailed, match="400: .*temperature"):
+    with pytest.raises(RequestFailed, match=r"400: .*temperature"):
         list(talker.stream(COMPLETIONS, {"prompt": "hi", "temperature": 9}))
     got = []
     with pytest.raises(RequestFailed, match="not finite"):
