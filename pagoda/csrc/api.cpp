@@ -198,6 +198,13 @@ int pg_program_run(pg_program* program, int64_t T, int64_t S, int64_t R) {
     }
 }
 
+void pg_program_trace(pg_program* program, int on) { program->sequence.trace(on != 0); }
+
+int64_t pg_program_times(pg_program* program, int64_t* nanoseconds, int32_t* instructions, int64_t most) {
+    std::lock_guard<std::mutex> lock(program->handle->busy);
+    return program->sequence.times(nanoseconds, instructions, most);
+}
+
 int64_t pg_program_progress(pg_program* program) { return program->progress.marks.load(); }
 
 int64_t pg_program_wait(pg_program* program, int64_t mark, int64_t timeout_us) {

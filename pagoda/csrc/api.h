@@ -85,6 +85,11 @@ PG_EXPORT int pg_program_run(pg_program* program, int64_t T, int64_t S, int64_t 
 PG_EXPORT int64_t pg_program_progress(pg_program* program);
 PG_EXPORT int64_t pg_program_wait(pg_program* program, int64_t mark, int64_t timeout_us);
 PG_EXPORT void pg_program_free(pg_program* program);
+// With tracing on, a run notes when each of its stages began. The call copies the latest run's notes: nanoseconds of a
+// monotonic clock and the instruction each stage begins with, at most `most` of them; a last entry, instruction -1, is the
+// end of the run. Returns how many there are.
+PG_EXPORT void pg_program_trace(pg_program* program, int on);
+PG_EXPORT int64_t pg_program_times(pg_program* program, int64_t* nanoseconds, int32_t* instructions, int64_t most);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <stdlib.h>
+#include <time.h>
 #include <string>
 
 #include "ops.h"
@@ -11,6 +12,12 @@ void FreeDeleter::operator()(void* p) const { free(p); }
 
 Bytes allocate(int64_t bytes) {
     return Bytes(static_cast<char*>(aligned_alloc(64, size_t(round_up(bytes < 64 ? 64 : bytes, 64)))));
+}
+
+static int64_t now_ns() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
 }
 
 enum Opcode {
@@ -64,9 +71,23 @@ std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], P
     ops_ = ops;
     progress_ = progress;
     plan(ops, pool.size());
+    if (tracing_) {
+        num_began_ = stage_end_.size() + 1;
+        began_.reset(new std::atomic<int64_t>[num_began_]);
+        for (size_t k = 0; k < num_began_; ++k) began_[k].store(0, std::memory_order_relaxed);
+    }
     pool.run(&Sequence::job, this, int(stage_end_.size()));
+    if (tracing_) began_[num_began_ - 1].store(now_ns());
     const char* fault = fault_.load();
     return fault ? fault : std::string();
+}
+
+int64_t Sequence::times(int64_t* nanoseconds, int32_t* instructions, int64_t most) const {
+    for (size_t k = 0; k < num_began_ && int64_t(k) < most; ++k) {
+        nanoseconds[k] = began_[k].load();
+        instructions[k] = k + 1 == num_began_ ? -1 : int32_t(items_[k ? stage_end_[k - 1] : 0].instruction);
+    }
+    return int64_t(num_began_);
 }
 
 // Cuts the run into stages: one ends at every barrier and between the phases of an instruction.
@@ -88,6 +109,10 @@ void Sequence::job(void* self, int stage, int tid, int num_threads) {
 }
 
 void Sequence::step(int stage, int tid, int num_threads) {
+    if (tracing_) {
+        int64_t never = 0;
+        began_[size_t(stage)].compare_exchange_strong(never, now_ns());
+    }
     for (uint32_t at = stage ? stage_end_[size_t(stage) - 1] : 0; at < stage_end_[size_t(stage)]; ++at) {
         const Item item = items_[at];
         Call c = calls_[item.instruction];

@@ -33,6 +33,9 @@ class Sequence {
     // Runs with the given rows on the pool. Returns an empty string or the first fault.
     std::string run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress);
 
+    void trace(bool on) { tracing_ = on; }
+    int64_t times(int64_t* nanoseconds, int32_t* instructions, int64_t most) const;
+
    private:
     // One phase of one instruction. Items of a stage may overlap in time; stages may not.
     struct Item {
@@ -48,6 +51,9 @@ class Sequence {
     std::vector<Item> items_;            // of this run: phases depend on the number of rows
     std::vector<uint32_t> stage_end_;    // stage s is items [stage_end[s - 1], stage_end[s])
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
+    bool tracing_ = false;
+    std::unique_ptr<std::atomic<int64_t>[]> began_;   // per stage, and the end of the run
+    size_t num_began_ = 0;
     Bytes scratch_;
     int64_t scratch_bytes_ = 0;
     std::atomic<const char*> fault_{nullptr};

@@ -30,12 +30,12 @@ import numpy as np
 
 from pagoda.kernels.cpu import library
 from pagoda.kernels.cpu.library import SYMBOLS, Instruction, KernelFault, Library, Tensor
+from pagoda.kernels.memory import ALIGNMENT, allocate
 from pagoda.kernels.table import CannotRecord
 from pagoda.kernels.weight import Weight
 
 __all__ = ["Program", "Recorder", "SymArray"]
 
-_ALIGN = 64
 _USES_SCRATCH = {"linear", "attention", "sample"}  # of which two must not overlap
 _WRITES = {"kv_write": (2, 3)}  # every other op writes its last operand
 
@@ -132,7 +132,7 @@ class Recorder:
     def temporary(self, rows: str, cols: int | None, dtype: np.dtype[Any]) -> SymArray:
         """An uninitialised array in the arena."""
         row_nbytes = (cols or 1) * dtype.itemsize
-        size = -(-max(self.max_rows[rows], 1) * row_nbytes // _ALIGN) * _ALIGN
+        size = -(-max(self.max_rows[rows], 1) * row_nbytes // ALIGNMENT) * ALIGNMENT
         slot = _Slot(row_nbytes, nbytes=size)
         self._slots.append(slot)
         return SymArray(self, slot, (rows,) if cols is None else (rows, cols), dtype)
@@ -170,7 +170,7 @@ class Recorder:
         """Lays out the arena and makes the program. Outputs keep their memory until the next run."""
         for output in outputs:
             output.slot.last_group = self._group + 1
-        arena = _aligned(_plan([slot for slot in self._slots if slot.first_group >= 0]))
+        arena = allocate(_plan([slot for slot in self._slots if slot.first_group >= 0]))
         code = (Instruction * len(self._code))(*self._code)
         place = {id(instruction): k for k, instruction in enumerate(self._code)}
         for patch in self._patches:
@@ -186,7 +186,7 @@ class Recorder:
         rows = self.max_rows[operand.shape[0]]
         cols, stride = (1, 1) if operand.ndim == 1 else (operand.shape[1], slot.row_nbytes // item)
         # Until the arena is laid out an address stands in; only "is it given" is looked at before.
-        address = slot.outside.ctypes.data + operand.first_col * item if slot.outside is not None else _ALIGN
+        address = slot.outside.ctypes.data + operand.first_col * item if slot.outside is not None else ALIGNMENT
         return Tensor(address, rows, cols, stride, library.DTYPES[operand.dtype], SYMBOLS[operand.shape[0]])
 
     def _use(self, array: SymArray, instruction: Instruction, operand: int) -> None:
@@ -228,6 +228,7 @@ class Program:
         self._max_rows = max_rows
         self._rows = dict.fromkeys(SYMBOLS, 0)
         self.num_instructions = len(code)
+        self._op_names = [lib.ops[instruction.opcode] for instruction in code]
         self.num_barriers = sum(instruction.barrier for instruction in code)
         self.arena_nbytes = int(arena.nbytes)
         self._handle = lib.dll.pg_program_create(lib.handle, code, len(code))
@@ -263,6 +264,26 @@ class Program:
     def wait_mark(self, mark: int, timeout: float) -> bool:
         """Waits until a run has passed the mark; False after `timeout` seconds. For other threads than the runner's."""
         return bool(self._library.dll.pg_program_wait(self._handle, mark, int(timeout * 1e6)) >= mark)
+
+    def trace(self, on: bool) -> None:
+        """From the next run on, note when each stage begins; `stage_times` reads the notes."""
+        self._library.dll.pg_program_trace(self._handle, int(on))
+
+    def stage_times(self) -> list[tuple[str, float, float]]:
+        """(op, start, duration) of every stage of the latest traced run, seconds of the monotonic clock.
+
+        A stage is named after its first instruction; a linear with two phases has two.
+        """
+        most = 4 * self.num_instructions + 1
+        nanoseconds, instructions = np.zeros(most, np.int64), np.zeros(most, np.int32)
+        count = self._library.dll.pg_program_times(
+            self._handle, nanoseconds.ctypes.data, instructions.ctypes.data, most
+        )
+        ends = nanoseconds[1:count]
+        return [
+            (self._op_names[instructions[k]], nanoseconds[k] * 1e-9, (ends[k] - nanoseconds[k]) * 1e-9)
+            for k in range(count - 1)
+        ]
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -300,12 +321,6 @@ def _plan(slots: list[_Slot]) -> int:
         alive.append(slot)
         size = max(size, offset + slot.nbytes)
     return size
-
-
-def _aligned(nbytes: int) -> np.ndarray:
-    raw = np.zeros(nbytes + _ALIGN, np.uint8)
-    start = -raw.ctypes.data % _ALIGN
-    return raw[start : start + nbytes]
 
 
 assert ctypes.sizeof(Tensor) == 40

@@ -123,6 +123,8 @@ def _load(path: Path) -> ctypes.CDLL:
         ("pg_program_progress", wide, (pointer,)),
         ("pg_program_wait", wide, (pointer, wide, wide)),
         ("pg_program_free", None, (pointer,)),
+        ("pg_program_trace", None, (pointer, integer)),
+        ("pg_program_times", wide, (pointer, pointer, pointer, wide)),
     ):
         function = getattr(dll, name)
         function.restype, function.argtypes = result, arguments
