@@ -31,7 +31,7 @@ from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 
 WANTED_ONE, WANTED_MANY, WANTED_SECONDS = 3.0, 10.0, 1.5
 NUM_STREAMS = 32
-QUIET_LOAD = 0.5  # torch loses many times its speed when something else wants its cores
+QUIET_CORES = 0.2  # torch loses many times its speed when something else wants its cores
 
 
 def main() -> int:
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace) -> Report:
-    load = os.getloadavg()[0]
+    busy = _busy_cores()
     tokenizer = load_tokenizer(_default_path())
     prompts = _prompts(tokenizer, args.input_len)
     runs: dict[str, list[dict[str, Any]]] = {"transformers": [], "one": [], "many": []}
@@ -75,10 +75,10 @@ def _measure(args: argparse.Namespace) -> Report:
         theirs.close()
         ours.close()
     launch = startup.measure(startup.Options(num_iters=args.launches), EngineConfig())
-    return _report(args, runs, launch, load)
+    return _report(args, runs, launch, busy)
 
 
-def _report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], launch: Report, load: float) -> Report:
+def _report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], launch: Report, busy: float) -> Report:
     def median(name: str, figure: str) -> float:
         return Spread([run[figure] for run in runs[name]]).at(50)
 
@@ -103,11 +103,11 @@ def _report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], lau
         f"torch {version('torch')}, transformers {version('transformers')}, {read_hardware().num_cores} threads each",
         f"the two greedy answers begin with the same {same} of {args.output_len} tokens",
     ]
-    if load > QUIET_LOAD:
-        notes.append(f"the machine was busy before the start (load {load:.1f}): these figures compare nothing; repeat them when it is quiet")
+    if busy > QUIET_CORES:
+        notes.append(f"others used {busy:.1f} cores before the start: these figures compare nothing; repeat them when the machine is quiet")
     options = {key: value for key, value in vars(args).items() if key not in ("role", "output_json")}
     title = f"First light: {args.input_len} + {args.output_len} tokens, medians of {args.rounds} interleaved rounds"
-    detail = {"load_average": load, "runs": {name: [{**run, "tokens": None} for run in found] for name, found in runs.items()}, "launch": data}
+    detail = {"busy_cores_before": busy, "runs": {name: [{**run, "tokens": None} for run in found] for name, found in runs.items()}, "launch": data}
     return Report(title, rows, options, detail, notes, is_ok=all(reached))
 
 
@@ -117,6 +117,21 @@ def _mark(is_reached: bool) -> str:
 
 def _same_tokens(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _busy_cores(seconds: float = 2.0) -> float:
+    """Cores' worth of time that anything on this machine used just now; 0 where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+
+    def busy() -> float:
+        user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+    before = busy()
+    time.sleep(seconds)
+    return (busy() - before) / seconds
 
 
 def _default_path() -> Path:

@@ -15,7 +15,7 @@ from pagoda.base.config import changed_fields, field
 from pagoda.base.errors import ConfigError
 from pagoda.cli.engine_flags import add_engine_flags, engine_config
 from pagoda.cli.flags import add_config_flags, config_from_args
-from pagoda.cli.talk import HttpTalker, LocalTalker, Talker
+from pagoda.cli.talk import Talker
 
 __all__ = ["SamplingFlags", "add_talk_flags", "open_talker", "print_stream", "sampling_fields"]
 
@@ -60,12 +60,17 @@ def open_talker(args: argparse.Namespace) -> Talker:
             if getattr(args, name) is not None:
                 raise ConfigError(f"`--{name.replace('_', '-')}` is for a server; give its --url too")
         started = time.perf_counter()
+        # Either half costs a fraction of a second of imports, and one of them is never needed.
+        from pagoda.cli.talk_local import LocalTalker
+
         talker = LocalTalker(config)
         if sys.stderr.isatty():
             print(f"{talker.name}: loaded in {time.perf_counter() - started:.2f} s", file=sys.stderr)
         return talker
     if misplaced := sorted(changed_fields(config).keys() - {"model", "seed"}):
         raise ConfigError(f"`--{misplaced[0].replace('_', '-')}` is for loading a model here; with --url the server has loaded it")
+    from pagoda.cli.talk_http import HttpTalker
+
     return HttpTalker(args.url, api_key=args.api_key, model=args.model_name or config.model.model)
 
 

@@ -14,8 +14,9 @@ from pagoda.base.errors import ConfigError, InvalidRequest, RequestFailed
 from pagoda.cli import chat, complete
 from pagoda.cli.flags import ArgumentParser
 from pagoda.cli.main import main
-from pagoda.cli.talk import CHAT, COMPLETIONS, HttpTalker
+from pagoda.cli.talk import CHAT, COMPLETIONS
 from pagoda.cli.talk_flags import open_talker, sampling_fields
+from pagoda.cli.talk_http import HttpTalker
 from tests.serve.fakes import MODEL, Rig
 
 
