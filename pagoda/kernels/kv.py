@@ -12,11 +12,14 @@ first written, so a plane may be larger than the memory used so far.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from pagoda.kernels.memory import allocate
 
 __all__ = [
     "DTYPES",
@@ -75,9 +78,13 @@ def allocate_kv_plane(
         num_blocks=num_blocks,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        k=np.zeros(k_shape, kind),
-        v=np.zeros((num_blocks, num_kv_heads, block_size, head_dim), kind),
+        k=_zeros(k_shape, kind),
+        v=_zeros((num_blocks, num_kv_heads, block_size, head_dim), kind),
     )
+
+
+def _zeros(shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
+    return allocate(math.prod(shape) * kind.itemsize).view(kind).reshape(shape)
 
 
 def keys_by_token(plane: KvPlane, block_ids: np.ndarray) -> np.ndarray:

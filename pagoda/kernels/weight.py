@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from pagoda.kernels import gguf_blocks
+from pagoda.kernels.memory import allocate
 
 __all__ = ["FORMATS", "GgmlRows", "Weight", "pack", "packed_nbytes", "unpack"]
 
@@ -83,7 +84,7 @@ def pack(format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Weight:
     num_rows, num_cols = sum(n for n, _ in sizes), widths.pop()
     if format in _BLOCK_BYTES and num_cols % 32:
         raise ValueError(f"format `{format}` needs a width that is a multiple of 32, got {num_cols}")
-    data = _aligned(packed_nbytes(format, num_rows, num_cols))
+    data = allocate(packed_nbytes(format, num_rows, num_cols))
     panels = data.reshape(-(-num_rows // PANEL), -1)
     for first, rows in _whole_panels(format, parts):
         panels[first : first + len(rows) // PANEL] = _PACKERS[format](rows).reshape(len(rows) // PANEL, -1)
@@ -126,13 +127,6 @@ def _shape_of(part: np.ndarray | GgmlRows) -> tuple[int, int]:
         values, num_bytes = gguf_blocks.BLOCK_SIZES[part.type_name]
         return part.rows.shape[0], part.rows.shape[1] // num_bytes * values
     return part.shape[0], part.shape[1]
-
-
-def _aligned(nbytes: int) -> np.ndarray:
-    """Uninitialised bytes that start on a cache line."""
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes]
 
 
 def _native_rows(format: str, part: np.ndarray | GgmlRows) -> np.ndarray:

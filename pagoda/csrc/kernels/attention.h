@@ -36,6 +36,11 @@ struct Attention {
     int64_t *from, *to;            // [kRows] keys a row sees
     const char* keys[kGroups];     // of the current tile
     const Element* values[kGroups];
+    // Of the tile after it, if there is one. It is asked for line by line while this one is worked on: pages lie anywhere,
+    // so the hardware cannot guess them.
+    bool fetch = false;
+    const char* next_keys[kGroups];
+    const Element* next_values[kGroups];
 
     static int64_t thread_bytes(int64_t dim) { return round_up(kRows * (dim * 8 + kKeys * 4 + 64 + 4 + 16), 64); }
 
@@ -97,6 +102,7 @@ struct Attention {
         for (int64_t base = low / kKeys * kKeys; base < high; base += kKeys) {
             int64_t begin = low > base ? low - base : 0, stop = high - base < kKeys ? high - base : kKeys;
             if (!find_pages(sequence, head, base, begin / 16, (stop + 15) / 16)) return;
+            find_next(sequence, head, base + kKeys, high);
             scores(rows, int(begin / 16), int((stop + 15) / 16));
             for (int a = 0; a < rows; ++a) soften(a, base, int(begin / 16), int((stop + 15) / 16));
             weigh(rows, begin, stop);
@@ -129,7 +135,19 @@ struct Attention {
         return true;
     }
 
-    template <int kR, int kP>
+    void find_next(int64_t sequence, int64_t head, int64_t base, int64_t high) {
+        const int32_t* table = row<int32_t>(c.t[3], sequence);
+        fetch = base < high;
+        for (int64_t g = 0; fetch && g < kGroups; ++g) {
+            const int64_t key = base + 16 * g < high ? base + 16 * g : base, block = table[key / cache.block_size];
+            fetch = block >= 0 && block < cache.blocks;   // else reported when the tile is reached
+            const int64_t element = cache.row_at(block, head, key % cache.block_size);
+            next_keys[g] = (const char*)(static_cast<const Element*>(cache.k->data) + element);
+            next_values[g] = static_cast<const Element*>(cache.v->data) + element;
+        }
+    }
+
+    template <int kR, int kP, bool kFetch>
     void score_tile(int a, int g) {
         const int64_t steps = cache.dim / Panels::kStep, dim = cache.dim;
         const Element* x = q + a * dim;
@@ -138,18 +156,22 @@ struct Attention {
         f32x16 acc[kR][kP];
         for (int b = 0; b < kR; ++b)
             for (int p = 0; p < kP; ++p) acc[b][p] = zero();
-        for (int64_t d = 0; d < steps; ++d)
+        for (int64_t d = 0; d < steps; ++d) {
+            if constexpr (kFetch)
+                for (int p = 0; p < kP; ++p) __builtin_prefetch(next_keys[g + p] + 64 * d, 0, 2);
 #pragma GCC unroll 8
             for (int b = 0; b < kR; ++b)
 #pragma GCC unroll 4
                 for (int p = 0; p < kP; ++p) acc[b][p] = Panels::step(acc[b][p], k[p] + 64 * d, x + b * dim + d * Panels::kStep);
+        }
         for (int b = 0; b < kR; ++b)
             for (int p = 0; p < kP; ++p) store(s + (a + b) * kKeys + 16 * (g + p), acc[b][p]);
     }
 
     template <int kP, int kR = kTileRows>
     void score_rows(int a, int rows, int g) {
-        for (; rows - a >= kR; a += kR) score_tile<kR, kP>(a, g);
+        if (a == 0 && rows >= kR && fetch) score_tile<kR, kP, true>(0, g), a = kR;
+        for (; rows - a >= kR; a += kR) score_tile<kR, kP, false>(a, g);
         if constexpr (kR > 1)
             if (a < rows) score_rows<kP, kR - 1>(a, rows, g);
     }
@@ -191,7 +213,7 @@ struct Attention {
         store(l + 16 * a, sum);
     }
 
-    template <int kR, int kC>
+    template <int kR, int kC, bool kFetch>
     void weigh_tile(int a, int64_t begin, int64_t end, int64_t d, int64_t n) {
         const int64_t dim = cache.dim;
         f32x16 acc[kR][kC];
@@ -199,6 +221,10 @@ struct Attention {
             for (int p = 0; p < kC; ++p) acc[b][p] = load_some(o + (a + b) * dim + d + 16 * p, n);
         for (int64_t j = begin; j < end; ++j) {
             const Element* v = values[j / 16] + (j % 16) * dim + d;
+            if constexpr (kFetch) {
+                const char* next = (const char*)(next_values[j / 16] + (j % 16) * dim + d);
+                for (int64_t at = 0; at < kC * 16 * int64_t(sizeof(Element)); at += 64) __builtin_prefetch(next + at, 0, 2);
+            }
             f32x16 column[kC];
             for (int p = 0; p < kC; ++p) column[p] = load_values(v + 16 * p, n);
 #pragma GCC unroll 8
@@ -218,7 +244,8 @@ struct Attention {
 
     template <int kC, int kR = kTileRows>
     void weigh_rows(int a, int rows, int64_t begin, int64_t end, int64_t d, int64_t n) {
-        for (; rows - a >= kR; a += kR) weigh_tile<kR, kC>(a, begin, end, d, n);
+        if (a == 0 && rows >= kR && fetch) weigh_tile<kR, kC, true>(0, begin, end, d, n), a = kR;
+        for (; rows - a >= kR; a += kR) weigh_tile<kR, kC, false>(a, begin, end, d, n);
         if constexpr (kR > 1)
             if (a < rows) weigh_rows<kC, kR - 1>(a, rows, begin, end, d, n);
     }
