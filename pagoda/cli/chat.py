@@ -108,7 +108,11 @@ def _reader() -> Callable[[], str]:
         import readline  # noqa: F401 - gives input() editing and history
 
     def read() -> str:
-        lines = [input("> ")]
+        try:
+            lines = [input("> ")]
+        except EOFError:
+            print(flush=True)  # the shell's prompt starts on a line of its own
+            raise
         while select.select([sys.stdin], [], [], _PASTE_SECONDS)[0]:
             lines.append(input())
         return "\n".join(lines)
