@@ -41,6 +41,8 @@ class BuildError(RuntimeError):
 def find_compiler() -> str | None:
     """$CXX, else the first of c++, g++, clang++ on the path."""
     if chosen := os.environ.get("CXX"):
+        if shutil.which(chosen.split()[0]) is None:
+            raise BuildError(f"CXX is `{chosen}`, which is not there: unset it, or name a C++ compiler")
         return chosen
     return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
