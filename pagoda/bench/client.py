@@ -13,7 +13,7 @@ import msgspec
 
 from pagoda.base.errors import RequestFailed
 
-__all__ = ["Backend", "Client", "Exchange"]
+__all__ = ["Backend", "Client", "Exchange", "gather_all"]
 
 Backend = Literal["openai", "openai-chat"]
 ROUTES = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
