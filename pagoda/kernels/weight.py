@@ -194,10 +194,13 @@ def _pack_q4_1(rows: np.ndarray) -> np.ndarray:
 def _pack_f16_scaled(rows: np.ndarray, num_words: int, flip: int) -> np.ndarray:
     """Blocks of one f16 scale and `num_words` 32-bit words of integers, each xored with `flip`."""
     halves = np.ascontiguousarray(rows).view(np.uint16).reshape(len(rows) // PANEL, PANEL, -1, 1 + 2 * num_words)
-    words = np.ascontiguousarray(halves[..., 1:]).view(np.uint32) ^ np.uint32(flip)
+    words = np.ascontiguousarray(halves[..., 1:]).view(np.uint32)
     out = np.empty((halves.shape[0], halves.shape[2], 8 + num_words * PANEL), np.uint32)
     out[..., :8] = np.ascontiguousarray(halves[..., 0].transpose(0, 2, 1)).view(np.uint32)
-    out[..., 8:].reshape(*out.shape[:2], num_words, PANEL)[...] = words.transpose(0, 2, 3, 1)
+    if flip:
+        words ^= np.uint32(flip)
+    panels = words.reshape(*halves.shape[:3], num_words).transpose(0, 2, 3, 1)
+    out[..., 8:].reshape(*out.shape[:2], num_words, PANEL)[...] = panels
     return out.view(np.uint8)
 
 

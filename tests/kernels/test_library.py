@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -103,3 +104,16 @@ def test_operands_no_kernel_can_read_are_refused(lib: library.Library) -> None:
         ops.linear(x, weight(np.random.default_rng(0), "f32", 16, 9))
     with pytest.raises(ValueError, match="`swish`"):
         ops.act_and_mul(x, "swish")
+
+
+def test_instruction_sets_share_no_code() -> None:
+    """An inline function built for two instruction sets would be merged by the linker, and crash the lesser CPU."""
+    objects = sorted((ROOT / "pagoda" / "csrc" / "build").glob("isa_*.o"))
+    nm = shutil.which("nm")
+    if not objects or nm is None:
+        pytest.skip("no object files of a build, or no nm")
+    for path in objects:
+        own = f"pg::{path.stem.removeprefix('isa_')}::"
+        symbols = subprocess.run([nm, "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        shared = [line for line in symbols.splitlines() if line[17:18] in "WVuTDB" and own not in line and "pg::kIsa" not in line]
+        assert not shared, (path.name, shared)
