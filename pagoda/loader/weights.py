@@ -12,8 +12,8 @@ import numpy as np
 from pagoda.base.errors import ModelFileError
 from pagoda.files.gguf import GgufFile
 from pagoda.files.safetensors import SafetensorsFile
-from pagoda.loader.slot import Slot
 from pagoda.loader.names import NameMap
+from pagoda.loader.slot import Slot
 from pagoda.loader.tensor import SourceTensor
 
 __all__ = ["load_dummy", "load_weights"]

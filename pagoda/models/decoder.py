@@ -18,8 +18,8 @@ from pagoda.layers.batch import Batch
 from pagoda.layers.embedding import VocabTable
 from pagoda.layers.mlp import Mlp
 from pagoda.layers.norm import RmsNorm
-from pagoda.loader.slot import Slot
 from pagoda.layers.rope import Rope, RopeSpec
+from pagoda.loader.slot import Slot
 from pagoda.models.spec import BlockSpec, ModelSpec, kv_places
 
 __all__ = ["Decoder", "Model"]
