@@ -16,6 +16,7 @@ from pagoda.base.errors import InvalidRequest
 from pagoda.base.registry import nearest
 from pagoda.base.types import GenerateRequest, ModelFacts, SamplingParams
 from pagoda.engine.admission import check_prompt_length
+from pagoda.structured.translate import translate
 from pagoda.text.tokenizer import Tokenizer
 
 __all__ = ["Processed", "Processor", "Prompt", "PromptDict", "sampling_defaults"]
@@ -89,6 +90,7 @@ class Processor:
         token_ids = self._truncate(token_ids, params)
         check_prompt_length(len(token_ids), self.max_model_len)
         self._check(params)
+        wanted = params.structured_outputs
         request = GenerateRequest(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -97,6 +99,8 @@ class Processor:
             priority=priority,
             cache_salt=salt or cache_salt,
             arrival_time=arrival_time,
+            grammar=None if wanted is None else translate(wanted).grammar,
+            grammar_starts_after=[] if wanted is None else wanted.starts_after,
         )
         return Processed(request, text)
 
@@ -159,6 +163,8 @@ class Processor:
         room = self.max_model_len - num_prompt
         if params.max_tokens is None:
             changes["max_tokens"] = max(room, params.min_tokens)
+        if params.structured_outputs is not None:  # the worker sees masks only
+            changes["structured_outputs"] = None
         if params.bad_words:
             changes["bad_words_token_ids"] = [*(params.bad_words_token_ids or ()), *self._spellings(params.bad_words)]
         return msgspec.structs.replace(params, **changes) if changes else params

@@ -26,6 +26,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenLogprobs",
 ]
 
@@ -44,6 +45,30 @@ class RequestOutputKind(enum.IntEnum):
     CUMULATIVE = 0  # every output carries everything so far
     DELTA = 1  # every output carries what is new
     FINAL_ONLY = 2  # one output, at the end
+
+
+class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What the text must look like: exactly one of the first six. Names are vLLM's. Raises InvalidRequest."""
+
+    json: str | dict[str, Any] | bool | None = None  # a JSON schema, or its text
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None  # Lark, or GBNF/EBNF with a `root` rule
+    json_object: bool | None = None  # any JSON object
+    structural_tag: str | dict[str, Any] | None = None  # free text, and structure between tags
+    disable_any_whitespace: bool = False  # JSON without spaces and newlines between its parts
+    disable_additional_properties: bool = False  # objects without `additionalProperties` allow none
+    whitespace_pattern: str | None = None  # regex of what may stand between the parts of JSON
+    starts_after: list[int] = []  # the structure begins behind these tokens (the end of reasoning); empty: at once
+
+    def __post_init__(self) -> None:
+        kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+        given = [name for name in kinds if getattr(self, name) not in (None, False) or (name == "json" and self.json is False)]
+        if len(given) != 1:
+            raise InvalidRequest(
+                f"`structured_outputs` needs exactly one of {', '.join(kinds)}; it has {', '.join(given) or 'none'}",
+                param="structured_outputs",
+            )
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -79,6 +104,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words_token_ids: list[list[int]] | None = None  # filled by the front from `bad_words`
+    structured_outputs: StructuredOutputsParams | None = None  # the front turns it into `GenerateRequest.grammar`
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -145,6 +171,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     priority: int = 0  # lower is sooner; only under the priority policy
     cache_salt: str = ""  # requests share cached blocks only with equal salts
     arrival_time: float = 0.0  # seconds, the client's monotonic clock
+    grammar: str | None = None  # what the output must match, in the language of `structured/`
+    grammar_starts_after: list[int] = []  # tokens of the output behind which the grammar begins; empty: at once
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):

@@ -20,6 +20,7 @@ from pagoda.base.log import get_logger
 from pagoda.base.plan import Executor, StepRow
 from pagoda.base.types import EngineOutput, FinishReason, GenerateRequest, ModelFacts
 from pagoda.engine.admission import Admission
+from pagoda.engine.grammars import Compiler, Grammars
 from pagoda.engine.kv_manager import KvManager
 from pagoda.engine.limits import ScheduledRequest, Step
 from pagoda.engine.request import Request
@@ -30,6 +31,8 @@ __all__ = ["EngineCore", "SampleId"]
 
 SampleId = str | tuple[str, int]
 """A request with all its samples, or (request id, index) for one of them."""
+
+_GRAMMAR_WAIT_SECONDS = 0.005  # between two looks at the inbox, when grammars are all there is
 
 _log = get_logger("engine")
 
@@ -60,7 +63,9 @@ class EngineCore:
         max_logits_rows: int,
         clock: Clock = monotonic,
         pipeline_depth: int = 1,
+        compiler: Compiler | None = None,
     ) -> None:
+        """Without `compiler` requests that have a grammar are refused."""
         assert isinstance(config.model.max_model_len, int) and config.cache.block_size, "the config is not resolved"
         self.config, self.facts = config, facts
         self.failure: Exception | None = None  # what the executor last raised; the caller decides what it means
@@ -76,6 +81,7 @@ class EngineCore:
         self._scheduler = Scheduler(config.scheduler, config.model.max_model_len, max_logits_rows, self._kv)
         self._admission = Admission(config, facts, self._kv, max_logits_rows)
         self._recorder = StatsRecorder(config.model.max_model_len, num_blocks - 1)
+        self._grammars = None if compiler is None else Grammars(compiler, clock)
         self._families: dict[str, _Family] = {}
         self._in_flight: deque[Step] = deque()
         self._outputs: list[EngineOutput] = []  # terminal outputs that no step produced
@@ -95,12 +101,19 @@ class EngineCore:
         self._recorder.on_arrival(request.params.n, request.params.max_tokens)
         for sample in samples:
             sample.metrics.queued_time = now
-            self._scheduler.enqueue(sample)
+            if request.grammar is None:
+                self._scheduler.enqueue(sample)
+            else:
+                sample.grammar_end_ids = frozenset(request.eos_token_ids)
+        if request.grammar is not None and self._grammars is not None:
+            self._grammars.start(request, samples)
 
     def _check_admissible(self, request: GenerateRequest) -> None:
         if request.request_id in self._families:
             raise InvalidRequest(f"request id `{request.request_id}` is already in use", param="request_id")
         self._admission.validate(request)
+        if request.grammar is not None and self._grammars is None:
+            raise InvalidRequest("structured output is not available in this engine", param="structured_outputs")
         limit = self.config.scheduler.max_num_queued_reqs
         num_queued = len(self._scheduler.waiting) - self._scheduler.slots.num_free
         if limit is not None and num_queued >= limit:
@@ -150,14 +163,32 @@ class EngineCore:
 
     def step(self) -> list[EngineOutput]:
         """Launches until the pipeline is full and settles the oldest step. Returns [] when there is nothing to do."""
+        if self._grammars is not None:
+            self._take_compiled(self._grammars)
         while len(self._in_flight) < self._pipeline_depth and self.launch():
             pass
-        assert self._in_flight or self._outputs or not self._families, "requests wait, and nothing can be scheduled"
+        assert self._in_flight or self._outputs or not self._families or self._num_compiling, "requests wait, and nothing can be scheduled"
         outputs = self.settle() if self._in_flight else []
         if self._outputs:
             outputs = self._outputs + outputs
             self._outputs = []
         return outputs
+
+    @property
+    def _num_compiling(self) -> int:
+        return 0 if self._grammars is None else len(self._grammars.waiting)
+
+    def _take_compiled(self, grammars: Grammars) -> None:
+        """WAITING_GRAMMAR -> WAITING, or the end. With nothing else to do it waits a little for a grammar."""
+        is_idle = not (self._in_flight or self._outputs or self._scheduler.running or self._scheduler.waiting)
+        for samples, error in grammars.poll(_GRAMMAR_WAIT_SECONDS if is_idle else 0.0):
+            for sample in samples:
+                if error is None:
+                    self._scheduler.enqueue(sample)
+                else:
+                    output = self._end(sample, FinishReason.ERROR, error.message)
+                    output.error_type, output.error_param = type(error).__name__, error.param
+                    self._outputs.append(output)
 
     def launch(self) -> bool:
         """Plans a step and starts its forward. False when nothing can be scheduled now, or the executor failed."""
@@ -174,6 +205,8 @@ class EngineCore:
                 self._recorder.on_admitted(req, now, looked_up=looked_up)
         self._scheduler.launched(step)
         self._in_flight.append(step)
+        if self._grammars is not None:
+            self._grammars.begin(step)
         try:
             self._executor.forward(step.plan())
         except BaseException as error:
@@ -190,7 +223,7 @@ class EngineCore:
         """Waits for the oldest step in flight; returns what it gave. At least one step must be in flight."""
         step = self._in_flight.popleft()
         try:
-            result = self._executor.sample(step.number)
+            result = self._executor.sample(step.number, None if self._grammars is None else self._grammars.finish(step))
             if result.step != step.number or len(result.rows) != len(step.rows):
                 raise RuntimeError(f"step {step.number} with {len(step.rows)} rows: the worker answered step {result.step}, {len(result.rows)} rows")
         except BaseException as error:
@@ -225,6 +258,8 @@ class EngineCore:
         new_token_ids, stop = answer.token_ids, None
         for place, token_id in enumerate(new_token_ids):
             req.token_ids.append(token_id)
+            if req.guide is not None and (wrong := req.guide.accept(token_id)) is not None:
+                return self._end(req, FinishReason.ERROR, f"the grammar of this request cannot go on: {wrong}")
             stop = req.check_stop(token_id)
             if stop is not None:
                 new_token_ids = new_token_ids[: place + 1]
@@ -252,6 +287,8 @@ class EngineCore:
             self.failure = error
         _log.error("step %d failed with %d requests: %s: %s", step.number, len(step.rows), type(error).__name__, error)
         self._scheduler.settled(step)
+        if self._grammars is not None:
+            self._grammars.finish(step)
         message = f"the engine failed while computing this request: {type(error).__name__}: {error}"
         self._outputs.extend(self._end(row.req, FinishReason.ERROR, message) for row in step.rows if not row.is_stale)
         self._scheduler.slots.tell_again(step.released_slots)
@@ -278,8 +315,8 @@ class EngineCore:
         """A copy, whole as of now."""
         live, scheduler = self._recorder.stats, self._scheduler
         live.num_requests_running = len(scheduler.running)
-        live.num_requests_waiting = len(scheduler.waiting)
-        live.num_requests_waiting_deferred = scheduler.num_deferred
+        live.num_requests_waiting = len(scheduler.waiting) + self._num_compiling
+        live.num_requests_waiting_deferred = scheduler.num_deferred + self._num_compiling
         live.kv_cache_usage_perc = self._kv.pool.usage
         live.num_preemptions = scheduler.num_preemptions
         return self._recorder.snapshot()
@@ -288,9 +325,15 @@ class EngineCore:
         """Forgets all cached prefixes. False, and nothing changed, while any request runs."""
         return self._kv.pool.reset()
 
+    def close(self) -> None:
+        """Ends the threads that compile grammars."""
+        if self._grammars is not None:
+            self._grammars.close()
+
     def check_integrity(self) -> None:
         """AssertionError unless queues, slots and blocks agree. O(blocks): for idle moments and tests."""
         self._scheduler.check_integrity()
         unfinished = {id(req) for req in self._scheduler.unfinished()}
+        unfinished |= {id(req) for req in (() if self._grammars is None else self._grammars.waiting)}
         known = {id(req) for family in self._families.values() for req in family.samples.values()}
         assert unfinished == known, "a request is in no queue, or in a queue and not known"

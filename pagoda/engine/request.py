@@ -2,15 +2,17 @@
 
                  enqueue             admit
         NEW ---------------> WAITING -------> RUNNING ------------+
-         (core.add)            ^  |             |                 |
-                               |  |             | preempt         | finish
-                               |  | finish      v                 v
-                               |  +---------> FINISHED <----------+
-                               |                ^
+         | (core.add)          ^  |             |                 |
+         | start       enqueue |  |             | preempt         | finish
+         v                     |  | finish      v                 v
+      WAITING_GRAMMAR ---------+  +---------> FINISHED <----------+
+               |               |                ^  ^
+               +---------------|----------------|--+ finish
                                +-- PREEMPTED ---+ finish
                         requeue
 
     NEW        validated, in no queue
+    WAITING_GRAMMAR  in no queue, owns nothing: its grammar is being compiled (`engine/grammars.py`)
     WAITING    owns no block and no slot; computed = 0
     RUNNING    owns a slot and the blocks of all its known tokens
     PREEMPTED  passing state inside `Scheduler.preempt`: everything given back, tokens kept, then WAITING again
@@ -28,19 +30,51 @@ A step may compute `total - computed - planned` more; the one that reaches the l
 from __future__ import annotations
 
 import enum
+from typing import Protocol
 
 from pagoda.base.hashing import BlockHash, chain_hash
 from pagoda.base.types import EngineOutput, FinishReason, RequestMetrics, SamplingParams, TokenLogprobs
 
-__all__ = ["Request", "RequestState"]
+__all__ = ["Guide", "GuideMatcher", "Request", "RequestState"]
 
 
 class RequestState(enum.Enum):
     NEW = "new"
+    WAITING_GRAMMAR = "waiting_grammar"
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
     FINISHED = "finished"
+
+
+class GuideMatcher(Protocol):
+    """The part of `structured.matcher.Matcher` that the core knows."""
+
+    def mask(self) -> bytes: ...
+
+    def accept(self, token_id: int) -> str | None: ...
+
+    def copy(self) -> GuideMatcher: ...
+
+
+class Guide:
+    """One sample's grammar. `is_on` from the start, or from behind the tokens that end its reasoning."""
+
+    __slots__ = ("_is_next", "_starts_after", "_tail", "is_on", "matcher")
+
+    def __init__(self, matcher: GuideMatcher, starts_after: list[int]) -> None:
+        self.matcher = matcher
+        self.is_on = not starts_after
+        self._starts_after = starts_after
+        self._tail: list[int] = []
+
+    def accept(self, token_id: int) -> str | None:
+        """The sample's next token. What is wrong with it, if something is."""
+        if self.is_on:
+            return self.matcher.accept(token_id)
+        self._tail = [*self._tail, token_id][-len(self._starts_after) :]
+        self.is_on = self._tail == self._starts_after
+        return None
 
 
 class Request:
@@ -51,6 +85,8 @@ class Request:
         "block_hashes",
         "block_tables",
         "eos_token_ids",
+        "grammar_end_ids",
+        "guide",
         "hash_root",
         "index",
         "key",
@@ -99,6 +135,8 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_tokens_total = max_tokens_total  # where LENGTH stops it
         self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
+        self.grammar_end_ids = frozenset[int]()  # end a sample whose grammar is over, whatever min_tokens and ignore_eos say
+        self.guide: Guide | None = None
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.state = RequestState.NEW
         self.num_tokens_computed = 0
@@ -151,6 +189,8 @@ class Request:
     def check_stop(self, token_id: int) -> tuple[FinishReason, int | None] | None:
         """Whether the token just appended ends the sample: eos, then stop token ids, then length. Returns (reason, stop_reason)."""
         num_output = len(self.token_ids) - self.num_prompt_tokens
+        if self.guide is not None and self.guide.is_on and token_id in self.grammar_end_ids:
+            return FinishReason.STOP, None
         if num_output >= self.params.min_tokens:
             if token_id in self.eos_token_ids:
                 return FinishReason.STOP, None

@@ -26,6 +26,7 @@ from pagoda.kernels import table as kernel_table
 from pagoda.kernels.cpu import library
 from pagoda.models.catalog import ModelSource, build_model, describe
 from pagoda.models.decoder import Model
+from pagoda.structured.matcher import GrammarCompiler
 from pagoda.worker.batch import BatchBuilder, Sizes
 from pagoda.worker.graphs import make_forward
 from pagoda.worker.kv_store import KvStore, block_nbytes
@@ -107,6 +108,7 @@ class LocalEngine:
         return self.front.generation_config
 
     def close(self) -> None:
+        self.core.close()
         self.executor.stop()
 
 
@@ -147,7 +149,10 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequ
     config = replace(config, model=replace(config.model, max_model_len=budget.max_model_len))
     runner, buffers = _build_runner(config, facts, model, budget, native=native)
     executor = UniprocExecutor(runner)
-    core = EngineCore(config, facts, budget.num_blocks, executor, max_logits_rows=runner.builder.sizes.max_rows)
+    compiler = GrammarCompiler(lambda: load_front(config).tokenizer, facts.vocab_size)
+    core = EngineCore(
+        config, facts, budget.num_blocks, executor, max_logits_rows=runner.builder.sizes.max_rows, compiler=compiler
+    )
     mode, why = runner.mode
     ledger = Ledger(
         architecture=facts.architecture, num_parameters=facts.num_parameters, formats=tuple(sorted(model.formats)),

@@ -28,6 +28,8 @@ from pagoda.serve.wire import (
     check_common,
     decode_body,
     sampling_params,
+    structured_outputs,
+    structured_warnings,
 )
 
 __all__ = [
@@ -60,11 +62,6 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     reasoning_content: str | None = None
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True):
-    type: str
-    json_schema: dict[str, Any] | None = None
-
-
 class ChatCompletionRequest(GenerationFields, kw_only=True):
     messages: list[dict[str, Any]]
     max_completion_tokens: Int | None = None
@@ -73,7 +70,6 @@ class ChatCompletionRequest(GenerationFields, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
@@ -200,9 +196,10 @@ def parse(raw: bytes, given_id: str | None, context: ModelContext) -> Call:
     extra = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     text, token_ids = chat_prompt(body, context, **extra)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = sampling_params(
-        body, {"max_tokens": None, **context.default_params}, logprobs=logprobs, **({} if max_tokens is None else {"max_tokens": max_tokens})
-    )
+    wanted = structured_outputs(body)
+    warnings += structured_warnings(wanted)
+    changes = {"logprobs": logprobs, "structured_outputs": wanted, **({} if max_tokens is None else {"max_tokens": max_tokens})}
+    params = sampling_params(body, {"max_tokens": None, **context.default_params}, **changes)
     response_id = f"chatcmpl-{given_id or body.request_id or uuid.uuid4().hex}"
     return Call(
         response_id=response_id,
@@ -226,9 +223,6 @@ def _check_features(body: ChatCompletionRequest, warnings: list[str]) -> None:
         raise InvalidRequest("`tool_choice` needs `tools`", param="tool_choice")
     if body.tools and choice != "none":
         warnings.append("tool calls come as text: this version does not parse them")
-    if body.response_format is not None and body.response_format.type != "text":
-        kind = body.response_format.type
-        raise InvalidRequest(f"`response_format` `{kind}` is not supported by this version of Pagoda; only `text` is", param="response_format", code="unsupported")
     if body.include_reasoning is False:
         raise InvalidRequest(
             "`include_reasoning`: false is not supported by this version of Pagoda: reasoning is not told from the answer",

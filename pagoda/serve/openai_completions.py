@@ -35,6 +35,8 @@ from pagoda.serve.wire import (
     check_common,
     decode_body,
     sampling_params,
+    structured_outputs,
+    structured_warnings,
 )
 
 __all__ = ["Completion", "CompletionRequest", "parse"]
@@ -95,6 +97,8 @@ def parse(raw: bytes, given_id: str | None, context: ModelContext) -> Call:
         changes["n"] = best_of
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         changes["prompt_logprobs"] = body.logprobs
+    changes["structured_outputs"] = wanted = structured_outputs(body)
+    warnings += structured_warnings(wanted)
     params = sampling_params(body, {"max_tokens": 16, **context.default_params}, **changes)
     response_id = f"cmpl-{given_id or body.request_id or uuid.uuid4().hex}"
     return Call(

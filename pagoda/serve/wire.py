@@ -12,18 +12,23 @@ import msgspec
 from msgspec import Meta
 
 from pagoda.base.errors import InvalidRequest
-from pagoda.base.types import RequestOutputKind, SamplingParams
+from pagoda.base.types import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from pagoda.serve.errors import from_msgspec
+from pagoda.structured.translate import translate
 
 __all__ = [
     "GenerationFields",
     "Int",
     "PromptTokensDetails",
+    "ResponseFormat",
     "StreamOptions",
+    "StructuredOutputs",
     "Usage",
     "check_common",
     "decode_body",
     "sampling_params",
+    "structured_outputs",
+    "structured_warnings",
 ]
 
 Int = Annotated[int, Meta(ge=-(2**53), le=2**53)]
@@ -35,6 +40,38 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None  # never added here, so both values are honoured
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """vLLM's: exactly one of the first six."""
+
+    json: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_fallback: bool | None = None  # there is one backend, so nothing to fall back to
+    whitespace_pattern: str | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """OpenAI's `text`, `json_object` and `json_schema`; vLLM's `structural_tag`, whose other fields are the tag."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+    format: dict[str, Any] | None = None
 
 
 class GenerationFields(msgspec.Struct, kw_only=True):
@@ -73,6 +110,8 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     priority: Int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
 
 
 class PromptTokensDetails(msgspec.Struct, kw_only=True):
@@ -88,12 +127,11 @@ class Usage(msgspec.Struct, kw_only=True):
 
 UNSUPPORTED = {
     "suffix": "inserting text before a suffix",
-    "structured_outputs": "structured output",
-    "guided_json": "structured output",
-    "guided_regex": "structured output",
-    "guided_choice": "structured output",
-    "guided_grammar": "structured output",
-    "structural_tag": "structured output",
+    "guided_json": "the old name of `structured_outputs.json`",
+    "guided_regex": "the old name of `structured_outputs.regex`",
+    "guided_choice": "the old name of `structured_outputs.choice`",
+    "guided_grammar": "the old name of `structured_outputs.grammar`",
+    "structural_tag": "the old name of `structured_outputs.structural_tag`",
     "use_beam_search": "beam search",
     "prompt_embeds": "prompt embeddings",
     "logits_processors": "custom logits processors",
@@ -153,8 +191,8 @@ def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
     return body, warnings
 
 
-def _header_safe(name: str) -> str:
-    return "".join(c for c in name[:64] if c.isascii() and c.isprintable()) or "?"
+def _header_safe(name: str, limit: int = 64) -> str:
+    return "".join(c for c in name[:limit] if c.isascii() and c.isprintable()) or "?"
 
 
 _COPIED = [
@@ -198,6 +236,39 @@ def _token_id(key: str) -> int:
     if not (key.isascii() and key.isdigit() and len(key) < 16):
         raise InvalidRequest(f"`logit_bias` has the key `{key[:40]}`; its keys are token ids, as strings", param="logit_bias")
     return int(key)
+
+
+def structured_outputs(body: GenerationFields) -> StructuredOutputsParams | None:
+    """What the text must look like, from `response_format` or `structured_outputs`. Raises InvalidRequest."""
+    form, given = body.response_format, body.structured_outputs
+    wanted = None if form is None else _from_format(form)
+    if given is None:
+        return wanted
+    if wanted is not None:
+        raise InvalidRequest("`response_format` and `structured_outputs` exclude each other", param="structured_outputs")
+    names = [name for name in given.__struct_fields__ if name != "disable_fallback"]
+    return StructuredOutputsParams(**{name: value for name in names if (value := getattr(given, name)) is not None})
+
+
+def structured_warnings(wanted: StructuredOutputsParams | None) -> list[str]:
+    """What of a schema is not enforced. The grammar is made here, off the event loop. Raises InvalidRequest."""
+    return [] if wanted is None else [_header_safe(note, 200) for note in translate(wanted).notes]
+
+
+def _from_format(form: ResponseFormat) -> StructuredOutputsParams | None:
+    if form.type == "text":
+        return None
+    if form.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if form.type == "json_schema":
+        if form.json_schema is None or form.json_schema.schema is None:
+            raise InvalidRequest("`response_format` of type `json_schema` needs `json_schema.schema`", param="response_format.json_schema")
+        return StructuredOutputsParams(json=form.json_schema.schema)
+    if form.type == "structural_tag":
+        tag = {"structures": form.structures, "triggers": form.triggers} if form.structures is not None else {"format": form.format}
+        return StructuredOutputsParams(structural_tag=tag)
+    known = "`text`, `json_object`, `json_schema` and `structural_tag`"
+    raise InvalidRequest(f"`response_format` has the unknown type `{form.type[:40]}`; there are {known}", param="response_format.type")
 
 
 def check_common(body: GenerationFields) -> None:

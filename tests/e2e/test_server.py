@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -63,6 +64,26 @@ def figures(server: str) -> dict[str, float]:
 
 def total(found: dict[str, float], name: str) -> float:
     return sum(value for key, value in found.items() if key.partition("{")[0] == name)
+
+
+def test_structured_output_over_http(server: str) -> None:
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"], "additionalProperties": False}
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
+    )
+    assert json.loads(answer.choices[0].message.content) in ({"city": "Paris"}, {"city": "Rome"})
+    stream = client.completions.create(model=MODEL, prompt="Now: ", stream=True, extra_body={"structured_outputs": {"regex": "[0-9]{4}"}})
+    assert re.fullmatch("[0-9]{4}", "".join(chunk.choices[0].text for chunk in stream))
+    loose = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "maxItems": 2}
+    raw = client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": "x"}], extra_body={"structured_outputs": {"json": loose}}
+    )
+    assert "uniqueItems" in raw.headers["x-pagoda-warning"]
+    with pytest.raises(openai.BadRequestError, match="cannot be enforced"):
+        client.completions.create(model=MODEL, prompt="x", extra_body={"structured_outputs": {"regex": "(a"}})
 
 
 def test_the_capital_of_france(server: str) -> None:

@@ -1,0 +1,1 @@
+"""Structured output: schemas, regular expressions, choices and grammars become masks over the vocabulary."""
