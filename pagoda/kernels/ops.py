@@ -169,7 +169,8 @@ def sample(
     min_p keeps p >= min_p * max(p); top_k (<= 0: all) keeps the k largest, lower ids first on ties; top_p keeps the
     shortest head of (p descending, id ascending) whose share of what is left reaches top_p, at least one token.
     u in [0, 1) is the first 53 bits of Philox4x32-10 with key = seed and counter = position; the answer is the first
-    kept id in vocabulary order whose cumulative p exceeds u. All sums are float64. Types: float32 x3 (temperature,
+    kept id in vocabulary order whose cumulative p exceeds u. All sums are float64. A row with NaN or +inf, or with nothing
+    above -inf, gives -1. Types: float32 x3 (temperature,
     top_p, min_p), int32 top_k, uint64 seed, int64 position.
     """
     return lookup("sample", logits_RV)(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R)

@@ -38,6 +38,7 @@ class StepRows:
     num_tokens: int
     num_seqs: int
     num_rows: int
+    num_sampled: int
     slots_S: np.ndarray
     row_start_S1: np.ndarray
     is_sampled_S: np.ndarray
@@ -56,6 +57,8 @@ class BatchBuilder:
         self.logits_idx_R = np.zeros(r, np.int32)
         self.tables_gSB = [np.zeros((s, sizes.max_blocks), np.int32) for _ in range(num_groups)]
         self.slots_gT = [np.zeros(t, np.int64) for _ in range(num_groups)]
+        self._last: StepRows | None = None  # the last step, if every row of it computed one token and was sampled
+        self._last_slots: list[int] = []
 
     @property
     def nbytes(self) -> int:
@@ -65,59 +68,93 @@ class BatchBuilder:
     def build(self, plan: StepPlan, table: RequestTable) -> StepRows:
         """Fills the arrays from the plan and the table."""
         rows = plan.scheduled
+        if self._last is not None and self._goes_on(plan):
+            return self._advance(table, self._last)
         num_seqs = len(rows)
-        slots_S = np.array([row.slot for row in rows], np.int64)
-        start_S = np.array([row.num_computed for row in rows], np.int32)
-        planned_S = np.array([row.num_planned for row in rows], np.int32)
-        ends = np.cumsum(planned_S)
-        num_tokens = int(ends[-1])
+        numbers = np.array([(row.slot, row.num_computed, row.num_planned) for row in rows], np.int32)
+        slots_S, start_S, planned_S = numbers.T
+        ends_S = start_S + planned_S
+        stops = np.cumsum(planned_S, dtype=np.int32)
+        num_tokens = int(stops[-1])
         assert num_tokens <= self.sizes.max_tokens and num_seqs <= self.sizes.max_seqs, "the plan passes the step's limits"
 
-        self.query_start_S1[1 : num_seqs + 1] = ends
-        self.seq_lens_S[:num_seqs] = start_S + planned_S
-        if num_tokens == num_seqs:
-            slot_T, positions_T = slots_S, start_S
-        else:
+        self.query_start_S1[1 : num_seqs + 1] = stops
+        self.seq_lens_S[:num_seqs] = ends_S
+        slot_T, positions_T = slots_S, start_S
+        if num_tokens != num_seqs:
             slot_T = np.repeat(slots_S, planned_S)
-            positions_T = np.arange(num_tokens, dtype=np.int32) + np.repeat(start_S - (ends - planned_S).astype(np.int32), planned_S)
+            positions_T = np.arange(num_tokens, dtype=np.int32) + np.repeat(ends_S - stops, planned_S)
         self.positions_T[:num_tokens] = positions_T
         self.token_ids_T[:num_tokens] = table.tokens_NL[slot_T, positions_T]
-        self._build_kv(table, slots_S, slot_T, positions_T, int(self.seq_lens_S[:num_seqs].max()))
-        return self._build_rows(table, slots_S, start_S, planned_S, ends)
+        self._build_kv(table, slots_S, slot_T, positions_T, int(ends_S.max()))
+        built = self._build_rows(table, slots_S, start_S, planned_S, stops)
+        is_decode = num_tokens == num_seqs == built.num_sampled
+        self._last, self._last_slots = (built, slots_S.tolist()) if is_decode else (None, [])
+        return built
+
+    def _goes_on(self, plan: StepPlan) -> bool:
+        """Every row of the last step computes its next token, and nothing else happens."""
+        rows = plan.scheduled
+        if plan.new or len(rows) != len(self._last_slots) or [row.slot for row in rows] != self._last_slots:
+            return False
+        computed = [row.num_computed for row in rows]
+        return computed == self.seq_lens_S[: len(rows)].tolist() and all(row.num_planned == 1 for row in rows)
+
+    def _advance(self, table: RequestTable, last: StepRows) -> StepRows:
+        """The last batch moved by one token: most steps of a server are this, so it is worth its few lines."""
+        n, slots_S = last.num_seqs, last.slots_S
+        positions_T = self.positions_T[:n]
+        positions_T += 1
+        self.seq_lens_S[:n] += 1
+        self.token_ids_T[:n] = table.tokens_NL[slots_S, positions_T]
+        crossed = np.flatnonzero(positions_T % self._block_size == 0)
+        for group, (out_SB, out_T) in enumerate(zip(self.tables_gSB, self.slots_gT, strict=True)):
+            out_T[:n] += 1
+            if len(crossed):
+                block = positions_T[crossed] // self._block_size
+                ids = table.tables_gNB[group][slots_S[crossed], block]
+                out_SB[crossed, block] = ids
+                out_T[crossed] = ids.astype(np.int64) * self._block_size
+        return last
 
     def _build_kv(
         self, table: RequestTable, slots_S: np.ndarray, slot_T: np.ndarray, positions_T: np.ndarray, longest: int
     ) -> None:
         width = -(-longest // self._block_size)
-        block_T, offset_T = np.divmod(positions_T, self._block_size)
+        block_T = positions_T // self._block_size
+        offset_T = positions_T - block_T * self._block_size
         for group, (out_SB, out_T) in enumerate(zip(self.tables_gSB, self.slots_gT, strict=True)):
             ids_NB = table.tables_gNB[group]
             out_SB[: len(slots_S), :width] = ids_NB[slots_S, :width]
-            out_T[: len(slot_T)] = ids_NB[slot_T, block_T].astype(np.int64) * self._block_size + offset_T
+            ids_T = ids_NB[slot_T, block_T].astype(np.int64)
+            out_T[: len(slot_T)] = ids_T * self._block_size + offset_T
 
     def _build_rows(
-        self, table: RequestTable, slots_S: np.ndarray, start_S: np.ndarray, planned_S: np.ndarray, ends: np.ndarray
+        self, table: RequestTable, slots_S: np.ndarray, start_S: np.ndarray, planned_S: np.ndarray, stops: np.ndarray
     ) -> StepRows:
         num_seqs = len(slots_S)
-        is_sampled_S = start_S + planned_S == table.num_tokens_N[slots_S]
+        ends_S = start_S + planned_S
+        is_sampled_S = ends_S == table.num_tokens_N[slots_S]
+        num_sampled = int(np.count_nonzero(is_sampled_S))
         count_S = is_sampled_S.astype(np.int32)
-        for s, slot in enumerate(slots_S):
-            info = table.info(slot)
-            if info.params.prompt_logprobs is not None and start_S[s] < info.num_prompt_tokens:
-                count_S[s] = planned_S[s]
+        scored_S = table.wants_prompt_logprobs_N[slots_S]
+        if scored_S.any():
+            for s in np.flatnonzero(scored_S):
+                if start_S[s] < table.info(int(slots_S[s])).num_prompt_tokens:
+                    count_S[s] = planned_S[s]
         row_start_S1 = np.zeros(num_seqs + 1, np.int32)
         np.cumsum(count_S, out=row_start_S1[1:])
         num_rows = int(row_start_S1[-1])
         assert num_rows <= self.sizes.max_rows, "the plan asks for more logits rows than there is room for"
-        first_row_S = ends.astype(np.int32) - count_S  # the rows wanted are a sequence's last ones
-        if num_rows == num_seqs and bool(is_sampled_S.all()):
+        first_row_S = stops - count_S  # the rows wanted are a sequence's last ones
+        if num_rows == num_seqs == num_sampled:
             self.logits_idx_R[:num_rows] = first_row_S
         else:
             inside = np.arange(num_rows, dtype=np.int32) - np.repeat(row_start_S1[:-1], count_S)
             self.logits_idx_R[:num_rows] = np.repeat(first_row_S, count_S) + inside
         return StepRows(
-            num_tokens=int(ends[-1]), num_seqs=num_seqs, num_rows=num_rows, slots_S=slots_S, row_start_S1=row_start_S1,
-            is_sampled_S=is_sampled_S, first_position_S=start_S + planned_S - count_S,
+            num_tokens=int(stops[-1]), num_seqs=num_seqs, num_rows=num_rows, num_sampled=num_sampled, slots_S=slots_S,
+            row_start_S1=row_start_S1, is_sampled_S=is_sampled_S, first_position_S=ends_S - count_S,
         )  # fmt: skip
 
     def whole(self, store: KvStore) -> Batch:

@@ -3,7 +3,8 @@
 Order of operations for a row, documented once, here:
 
     0  raw log-probabilities are taken, if asked for (log-softmax of the model's logits, before anything below)
-    1  the steps of `worker/logits`: allowed ids, bad words, min_tokens, logit_bias, penalties; then the grammar's mask
+    1  the steps of `worker/logits`: allowed ids, bad words, min_tokens, logit_bias, penalties; then the grammar's mask.
+       Where the two leave no token at all the grammar wins: the mask is laid on the logits as the model made them
     2  temperature 0: the largest logit, the lowest id on ties; otherwise softmax(logits / temperature)
     3  min_p    4  top_k    5  top_p, over what is left
     6  one draw: the counter-based random number of (seed, position), inverse cumulative distribution in id order
@@ -13,6 +14,8 @@ that every row is drawn with the same arithmetic and the same number, whatever i
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,63 +34,79 @@ NOT_FINITE = "the model produced logits that are not finite for this request"
 class Sampler:
     def sample(self, logits_RV: np.ndarray, rows: StepRows, table: RequestTable, masks: Masks | None = None) -> list[StepRow]:
         """One StepRow per sequence of the batch. Changes `logits_RV`; appends sampled tokens to the table."""
-        results = [StepRow(slot=int(slot)) for slot in rows.slots_S]
+        results = [StepRow(slot=slot) for slot in rows.slots_S.tolist()]
         if rows.num_rows == 0:
             return results
-        is_finite_R = ops.row_is_finite(logits_RV)
-        self._score_prompts(logits_RV, is_finite_R, rows, table, results)
-        chosen_S = np.flatnonzero(rows.is_sampled_S)
-        if len(chosen_S) == 0:
+        if rows.num_rows > rows.num_sampled:
+            self._score_prompts(logits_RV, rows, table, results)
+        if rows.num_sampled == 0:
             return results
-        row_R = rows.row_start_S1[chosen_S + 1] - 1
-        slots = rows.slots_S[chosen_S]
-        raw = self._prepare(logits_RV, row_R, slots, table, masks)
-        picked = logits_RV if len(row_R) == len(logits_RV) else logits_RV[row_R]
+        if rows.num_sampled == rows.num_rows == rows.num_seqs:
+            chosen_S, row_R, slots, picked = range(rows.num_seqs), range(rows.num_rows), rows.slots_S, logits_RV
+        else:
+            chosen_S = np.flatnonzero(rows.is_sampled_S)
+            row_R, slots = rows.row_start_S1[chosen_S + 1] - 1, rows.slots_S[chosen_S]
+            picked = logits_RV if rows.num_sampled == rows.num_rows else None
+        raw = _Raw()
+        if masks or table.is_special_N[slots].any():
+            self._prepare(raw, logits_RV, row_R, slots, table, masks)
         ids = ops.sample(
-            picked, table.temperature_N[slots], table.top_k_N[slots], table.top_p_N[slots], table.min_p_N[slots],
-            table.seed_N[slots], table.num_tokens_N[slots].astype(np.int64),
+            logits_RV[row_R] if picked is None else picked, table.temperature_N[slots], table.top_k_N[slots],
+            table.top_p_N[slots], table.min_p_N[slots], table.seed_N[slots], table.num_tokens_N[slots].astype(np.int64),
         )  # fmt: skip
-        still_finite = ops.row_is_finite(picked) if raw.touched else is_finite_R[row_R]
-        for i, s in enumerate(chosen_S):
+        for i, (s, token) in enumerate(zip(chosen_S, ids.tolist(), strict=True)):
             result = results[s]
-            if result.error or not is_finite_R[row_R[i]] or not still_finite[i]:
+            if token < 0 or result.error or i in raw.failed:
                 result.error = result.error or NOT_FINITE
-                continue
-            token = int(ids[i])
-            result.token_ids = [token]
-            table.append_token(int(slots[i]), token)
-            if i in raw.logits_V:
+            else:
+                result.token_ids = [token]
+        drawn = [i for i, s in enumerate(chosen_S) if results[s].error is None]
+        table.append_tokens(*((slots, ids) if len(drawn) == len(ids) else (slots[drawn], ids[drawn])))
+        for i, logits_V in raw.logits_V.items():
+            result = results[chosen_S[i]]
+            if result.error is None:
                 count = table.info(int(slots[i])).params.logprobs or 0
-                result.logprobs = [top_logprobs(raw.logits_V[i], token, count, raw.normalizer[i])]
+                result.logprobs = [top_logprobs(logits_V, result.token_ids[0], count, raw.normalizer[i])]
         return results
 
     def _prepare(
-        self, logits_RV: np.ndarray, row_R: np.ndarray, slots: np.ndarray, table: RequestTable, masks: Masks | None
-    ) -> _Raw:
-        """Keeps what logprobs need, then runs the steps in place."""
-        raw = _Raw()
+        self,
+        raw: _Raw,
+        logits_RV: np.ndarray,
+        row_R: Sequence[int] | np.ndarray,
+        slots: np.ndarray,
+        table: RequestTable,
+        masks: Masks | None,
+    ) -> None:
+        """Keeps what logprobs need, then runs the steps in place; rows that ask for neither are passed over."""
         mask_of = {slot: i for i, slot in enumerate(masks.slots)} if masks else {}
         for i, (row, slot) in enumerate(zip(row_R, slots, strict=True)):
+            masked = int(slot) in mask_of
+            if not masked and not table.is_special_N[slot]:
+                continue
             info = table.info(int(slot))
             steps = [step for step in STEPS if step.wants(info.params)]
-            masked = int(slot) in mask_of
             logits_V = logits_RV[row]
+            if not ops.row_is_finite(logits_V[None])[0]:  # a mask would hide it
+                raw.failed.add(i)
+                continue
             if info.params.logprobs is not None:
                 raw.logits_V[i] = logits_V.copy() if steps or masked else logits_V
                 raw.normalizer[i] = float(ops.row_logsumexp(logits_V[None])[0])
+            untouched_V = logits_V.copy() if steps and masked else None
             if steps:
                 tokens = table.tokens_NL[slot, : table.num_tokens_N[slot]]
                 context = RowContext(info.params, tokens, info.num_prompt_tokens, info.stop_ids)
                 for step in steps:
                     step.apply(logits_V, context)
-                raw.touched = True
             if masks and masked:
                 apply_mask(logits_V, masks, mask_of[int(slot)])
-                raw.touched = True
-        return raw
+                if untouched_V is not None and logits_V.max() == -np.inf:
+                    logits_V[:] = untouched_V
+                    apply_mask(logits_V, masks, mask_of[int(slot)])
 
     def _score_prompts(
-        self, logits_RV: np.ndarray, is_finite_R: np.ndarray, rows: StepRows, table: RequestTable, results: list[StepRow]
+        self, logits_RV: np.ndarray, rows: StepRows, table: RequestTable, results: list[StepRow]
     ) -> None:
         """prompt_logprobs: the row at position p scores the prompt's token p + 1."""
         for s, slot in enumerate(rows.slots_S):
@@ -101,7 +120,7 @@ class Sampler:
                 target = position + row - start + 1
                 if target >= info.num_prompt_tokens:
                     break
-                if not is_finite_R[row]:
+                if not ops.row_is_finite(logits_RV[row][None])[0]:
                     results[s].error = NOT_FINITE
                     break
                 normalizer = float(ops.row_logsumexp(logits_RV[row][None])[0])
@@ -115,15 +134,15 @@ class _Raw:
     def __init__(self) -> None:
         self.logits_V: dict[int, np.ndarray] = {}
         self.normalizer: dict[int, float] = {}
-        self.touched = False
+        self.failed: set[int] = set()
 
 
 def apply_mask(logits_V: np.ndarray, masks: Masks, index: int) -> None:
     """-inf where the grammar's bit is 0."""
     num_words = (len(logits_V) + 31) // 32
     words = np.frombuffer(masks.words, np.uint32, num_words, index * num_words * 4)
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(logits_V)]
-    logits_V[bits == 0] = -np.inf
+    allowed_V = np.unpackbits(words.view(np.uint8), count=len(logits_V), bitorder="little").view(np.bool_)
+    np.putmask(logits_V, ~allowed_V, -np.inf)
 
 
 def top_logprobs(logits_V: np.ndarray, token: int, count: int, normalizer: float) -> TokenLogprobs:

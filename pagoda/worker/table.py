@@ -16,6 +16,7 @@ import numpy as np
 
 from pagoda.base.plan import NewRequest, Scheduled, StepPlan
 from pagoda.base.types import SamplingParams
+from pagoda.worker.logits import STEPS
 
 __all__ = ["RequestTable", "SlotInfo"]
 
@@ -42,6 +43,8 @@ class RequestTable:
         self.min_p_N = np.zeros(n, np.float32)
         self.top_k_N = np.zeros(n, np.int32)
         self.seed_N = np.zeros(n, np.uint64)
+        self.is_special_N = np.zeros(n, np.bool_)  # wants logprobs or a logits step: not just the fused draw
+        self.wants_prompt_logprobs_N = np.zeros(n, np.bool_)
         self.infos: list[SlotInfo | None] = [None] * n
 
     @property
@@ -78,6 +81,8 @@ class RequestTable:
         self.top_p_N[slot] = params.top_p
         self.min_p_N[slot] = params.min_p
         self.top_k_N[slot] = max(params.top_k, 0)
+        self.is_special_N[slot] = params.logprobs is not None or any(step.wants(params) for step in STEPS)
+        self.wants_prompt_logprobs_N[slot] = params.prompt_logprobs is not None
         self.seed_N[slot] = np.uint64(params.seed & 0xFFFF_FFFF_FFFF_FFFF)
 
     def _append_blocks(self, row: Scheduled) -> None:
@@ -87,9 +92,12 @@ class RequestTable:
                 self.tables_gNB[group, row.slot, start : start + len(ids)] = ids
                 self.num_blocks_gN[group, row.slot] = start + len(ids)
 
-    def append_token(self, slot: int, token_id: int) -> None:
-        """A sampled token becomes the next step's input without a round trip through the brain."""
-        count = self.num_tokens_N[slot]
-        if count < self.tokens_NL.shape[1]:  # the last token of a full context is never computed
-            self.tokens_NL[slot, count] = token_id
-        self.num_tokens_N[slot] = count + 1
+    def append_tokens(self, slots: np.ndarray, ids: np.ndarray) -> None:
+        """Sampled tokens become the next step's input without a round trip through the brain."""
+        counts = self.num_tokens_N[slots]
+        fits = counts < self.tokens_NL.shape[1]  # the last token of a full context is never computed
+        if fits.all():
+            self.tokens_NL[slots, counts] = ids
+        else:
+            self.tokens_NL[slots[fits], counts[fits]] = ids[fits]
+        self.num_tokens_N[slots] = counts + 1

@@ -60,7 +60,11 @@ def test_masked_tokens_are_never_drawn(isa: str) -> None:
     logits[::2] = -np.inf
     assert (draw(logits, 500, temperature=3.0) % 2 == 1).all()
     logits[:] = -np.inf
-    assert (draw(logits, 3) == 0).all()
+    assert (draw(logits, 3) == -1).all(), "nothing can be drawn"
+    for bad in (np.nan, np.inf):
+        logits[:] = 0
+        logits[-1] = bad
+        assert (draw(logits, 3) == -1).all() and (draw(logits, 3, temperature=0.0) == -1).all()
 
 
 def test_a_draw_depends_on_seed_and_position_only() -> None:

@@ -51,7 +51,7 @@ def test_ragged_batch(pair: tuple[RequestTable, BatchBuilder]) -> None:
 def test_deltas_and_sampled_tokens(pair: tuple[RequestTable, BatchBuilder]) -> None:
     table, builder = pair
     table.apply(StepPlan(step=0, new=[new(1, list(range(16)), [[3], [4]])], scheduled=[Scheduled(1, 0, 16)]))
-    table.append_token(1, 77)
+    table.append_tokens(np.array([1]), np.array([77]))
     plan = StepPlan(step=1, scheduled=[Scheduled(1, 16, 1, [[8], [9]])])
     table.apply(plan)
     builder.build(plan, table)
@@ -91,3 +91,43 @@ def test_prompt_logprobs_ask_for_a_row_per_token(pair: tuple[RequestTable, Batch
     plan = StepPlan(step=1, scheduled=[Scheduled(0, 6, 4)])
     rows = builder.build(plan, table)
     assert rows.is_sampled_S.tolist() == [True] and rows.row_start_S1.tolist() == [0, 4]
+
+
+def test_going_on_equals_building_anew(pair: tuple[RequestTable, BatchBuilder]) -> None:
+    """Steps of pure decoding move the last batch by one token; a builder that never saw it must agree, block edges included."""
+    table, builder = pair
+    plan = StepPlan(
+        step=0,
+        new=[new(0, list(range(14)), [[1], [2]]), new(2, list(range(30)), [[3, 4], [5, 6]])],
+        scheduled=[Scheduled(0, 0, 14), Scheduled(2, 0, 30)],
+    )
+    next_block = 7
+    for step in range(20):
+        table.apply(plan)
+        fresh = BatchBuilder(builder.sizes, 2, BLOCK)
+        rows, expected = builder.build(plan, table), fresh.build(plan, table)
+        for name in ("num_tokens", "num_seqs", "num_rows", "num_sampled"):
+            assert getattr(rows, name) == getattr(expected, name)
+        for name in ("slots_S", "row_start_S1", "is_sampled_S"):
+            assert getattr(rows, name).tolist() == getattr(expected, name).tolist()
+        t, s = rows.num_tokens, rows.num_seqs
+        assert builder.token_ids_T[:t].tolist() == fresh.token_ids_T[:t].tolist()
+        assert builder.positions_T[:t].tolist() == fresh.positions_T[:t].tolist()
+        assert builder.query_start_S1[: s + 1].tolist() == fresh.query_start_S1[: s + 1].tolist()
+        assert builder.seq_lens_S[:s].tolist() == fresh.seq_lens_S[:s].tolist()
+        assert builder.logits_idx_R[: rows.num_rows].tolist() == fresh.logits_idx_R[: rows.num_rows].tolist()
+        for group in range(2):
+            assert builder.slots_gT[group][:t].tolist() == fresh.slots_gT[group][:t].tolist()
+            for row in range(s):
+                width = -(-int(builder.seq_lens_S[row]) // BLOCK)
+                assert builder.tables_gSB[group][row, :width].tolist() == fresh.tables_gSB[group][row, :width].tolist()
+        table.append_tokens(rows.slots_S, np.array([step + 50, step + 90]))
+        scheduled = []
+        for slot in (0, 2):
+            computed = int(table.num_tokens_N[slot]) - 1
+            fresh_ids = []
+            if computed % BLOCK == 0:
+                fresh_ids = [[next_block], [next_block + 1]]
+                next_block += 2
+            scheduled.append(Scheduled(slot, computed, 1, fresh_ids))
+        plan = StepPlan(step=step + 1, scheduled=scheduled)

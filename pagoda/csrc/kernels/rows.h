@@ -38,6 +38,33 @@ PG_INLINE float row_max(const float* x, int64_t n) {
     return top;
 }
 
+// What the sampler asks first of a row: its largest logit, and whether it holds NaN or +inf. One pass.
+PG_INLINE float row_top(const float* x, int64_t n, bool* is_bad) {
+    const f32x16 infinite = set1(INFINITY), yes = set1(1.0f);
+    f32x16 most = set1(-INFINITY), bad = zero();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        f32x16 v = load(x + i);
+        most = max(v, most);
+        bad = select_lt(v, infinite, bad, yes);   // a comparison with NaN is false
+    }
+    float top = reduce_max(most);
+    *is_bad = reduce_max(bad) > 0;
+    for (; i < n; ++i) {
+        top = x[i] > top ? x[i] : top;
+        *is_bad |= !(x[i] < INFINITY);
+    }
+    return top;
+}
+
+// The first place of a value that is known to be there.
+PG_INLINE int32_t row_find(const float* x, int64_t n, float value) {
+    int64_t i = 0;
+    while (i + 64 <= n && row_max(x + i, 64) < value) i += 64;
+    while (x[i] != value) ++i;
+    return int32_t(i);
+}
+
 struct row_logsumexp_op : SimpleOp {
     static void run(const Call& c, int, int, int num_threads) {
         int64_t begin, end;
@@ -63,13 +90,9 @@ struct row_is_finite_op : SimpleOp {
         int64_t begin, end;
         while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end))
             for (int64_t r = begin; r < end; ++r) {
-                const float* x = row<float>(c.t[0], r);
-                int bad = 0, alive = 0;
-                for (int64_t i = 0; i < c.t[0].cols; ++i) {
-                    bad |= !(x[i] <= 3.4028234663852886e38f);   // NaN and +inf
-                    alive |= x[i] > -INFINITY;
-                }
-                static_cast<uint8_t*>(c.t[1].data)[r] = uint8_t(!bad && alive);
+                bool is_bad;
+                float top = row_top(row<float>(c.t[0], r), c.t[0].cols, &is_bad);
+                static_cast<uint8_t*>(c.t[1].data)[r] = uint8_t(!is_bad && top > -INFINITY);
             }
     }
 };

@@ -56,15 +56,17 @@ struct sample_op {
         while (take(c, c.rows, 1, &r, &end)) {
             const float temperature = static_cast<const float*>(c.t[1].data)[r];
             const float* x = row<float>(c.t[0], r);
-            const float top = row_max(x, c.t[0].cols);
-            Row work{x, c.t[0].cols, top, (double*)(c.scratch + tid * row_bytes(c)), nullptr, nullptr};
-            work.candidates = (Candidate*)(work.p + work.n);
-            work.maxima = work.candidates + work.n;
-            int32_t id = 0;
-            if (!(temperature > 0) || !(top > -INFINITY && top < INFINITY)) {
-                if (top > -INFINITY)
-                    while (x[id] != top) ++id;
+            bool is_bad;
+            const float top = row_top(x, c.t[0].cols, &is_bad);
+            int32_t id = -1;
+            if (is_bad || !(top > -INFINITY)) {
+                // nothing can be drawn from it
+            } else if (!(temperature > 0)) {
+                id = row_find(x, c.t[0].cols, top);
             } else {
+                Row work{x, c.t[0].cols, top, (double*)(c.scratch + tid * row_bytes(c)), nullptr, nullptr};
+                work.candidates = (Candidate*)(work.p + work.n);
+                work.maxima = work.candidates + work.n;
                 id = work.draw(temperature, static_cast<const int32_t*>(c.t[2].data)[r], double(static_cast<const float*>(c.t[3].data)[r]),
                                double(static_cast<const float*>(c.t[4].data)[r]),
                                philox_uniform(static_cast<const uint64_t*>(c.t[5].data)[r], uint64_t(static_cast<const int64_t*>(c.t[6].data)[r])));

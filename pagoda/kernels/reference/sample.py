@@ -47,9 +47,11 @@ def sample(
 def _sample_row(
     logits_V: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, position: int
 ) -> int:
-    x = np.where(np.isnan(logits_V), -np.inf, logits_V).astype(np.float64)
+    x = logits_V.astype(np.float64)
+    if np.isnan(x).any() or not np.isfinite(x.max()):
+        return -1
     best = int(np.argmax(x))  # the lowest id on ties
-    if temperature <= 0 or not np.isfinite(x[best]):
+    if temperature <= 0:
         return best
     p = np.exp((x - x[best]) / temperature)  # the largest is 1; the common factor cancels everywhere below
     order = np.argsort(-x, kind="stable")  # logits descending, ids ascending
