@@ -47,6 +47,8 @@ class ModelConfig:
     max_model_len: int | Literal["auto"] | None = field(None, "longest prompt + output in tokens; auto fits it to memory", metavar="TOKENS|auto")
     seed: int = field(0, "origin of the seeds given to requests that bring none")
     max_logprobs: int = field(20, "most logprobs a request may ask for; -1: the whole vocabulary")
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = field("raw_logprobs", "what logprobs are: log-probabilities or logits, as the model made them or as they were drawn from")
+    logits_processors: Sequence[str] = field((), "classes that change logits, as package.module:Class", repeat=True, metavar="CLASS")
     generation_config: str = field("auto", "auto: sampling defaults from the model's generation_config.json; vllm: ignore it; or a folder")
     override_generation_config: str | None = field(None, "JSON with sampling defaults that win over the model's", metavar="JSON")
     hf_overrides: str | None = field(None, "JSON merged into the model's config", metavar="JSON")
@@ -75,6 +77,12 @@ class SchedulerConfig:
     scheduling_policy: Literal["fcfs", "priority"] = field("fcfs", "first come first served, or the request's `priority` (lower is sooner)")
     enable_chunked_prefill: bool = field(True, "let a long prompt span steps, so that others go on decoding")
     long_prefill_token_threshold: int = field(0, "most prompt tokens of one request in a step while others wait; 0: no limit")
+    itl_target_ms: float | None = field(
+        None,
+        "time between tokens that prompts computed beside running streams may cause; 0: prompts take whole steps; "
+        "without it a step's prompts take about as long as its decoding",
+        metavar="MS",
+    )
     max_num_queued_reqs: int | None = field(None, "requests that may wait before new ones get 503; unbounded without it")
     watermark: float = field(0.0, "share of KV blocks kept free when admitting, against preemption")
 

@@ -134,6 +134,8 @@ def _resolve_scheduler(config: SchedulerConfig, model: ModelConfig, facts: Model
         raise ConfigError(f"`--watermark` must be at least 0 and below 1, got {config.watermark}")
     if config.long_prefill_token_threshold < 0:
         raise ConfigError(f"`--long-prefill-token-threshold` must not be negative, got {config.long_prefill_token_threshold}")
+    if config.itl_target_ms is not None and config.itl_target_ms < 0:
+        raise ConfigError(f"`--itl-target-ms` must not be negative, got {config.itl_target_ms}")
     return replace(config, max_num_seqs=seqs, max_num_batched_tokens=tokens)
 
 

@@ -232,6 +232,7 @@ class EngineCore:
                 raise
             return []
         self._scheduler.settled(step)
+        self._scheduler.pace.observe(step, result.forward_seconds + result.sample_seconds)
         now = self._clock()
         outputs = []
         for row, answer in zip(step.rows, result.rows, strict=True):

@@ -20,6 +20,7 @@ __all__ = [
     "LogitsRows",
     "LongPrefill",
     "MaxModelLen",
+    "PromptPace",
     "ScheduledRequest",
     "Slots",
     "Step",
@@ -52,8 +53,10 @@ class Step:
     __slots__ = (
         "admitted",
         "new",
+        "num_decoding",
         "num_eligible",
         "num_missing",
+        "num_prompt_tokens",
         "num_rows",
         "num_tokens",
         "number",
@@ -69,6 +72,8 @@ class Step:
         self.num_missing = 0  # tokens the request now being considered lacks, before any limit
         self.num_tokens = 0  # planned so far
         self.num_rows = 0  # rows of logits planned so far
+        self.num_decoding = 0  # rows that compute the one token they lack
+        self.num_prompt_tokens = 0  # tokens of all other rows
         self.preempted = False
         self.rows: list[ScheduledRequest] = []
         self.admitted: list[Request] = []  # those that run for the first time
@@ -115,6 +120,51 @@ class LongPrefill(Limiter):
 
     def cap(self, req: Request, want: int, step: Step) -> int:
         return self._threshold if want > self._threshold and step.num_eligible > 1 else want
+
+
+class PromptPace(Limiter):
+    """Prompts computed beside decoding requests do not hold these up.
+
+    Without a target, the prompts of a step get as many tokens as requests decode in it, for each request that still has a
+    prompt to compute: one newcomer about doubles the time of a step, while a burst of them fills it. With a target in
+    seconds, as many as recent steps say fit in it. Never fewer than MIN_TOKENS, so that a prompt always gets on.
+    """
+
+    MIN_TOKENS = 16
+
+    def __init__(self, target: float | None) -> None:
+        self._target = target
+        self._decode_seconds = 0.0  # of a step that only decodes, smoothed
+        self._token_seconds = 0.0  # what one prompt token adds to it, smoothed
+
+    def cap(self, req: Request, want: int, step: Step) -> int:
+        if want <= 1 or step.num_decoding == 0:
+            return want
+        left = max(self.MIN_TOKENS, self._allowance(step)) - step.num_prompt_tokens
+        return min(want, max(0, left))
+
+    def _allowance(self, step: Step) -> int:
+        if self._target is None:
+            return step.num_decoding * (step.num_eligible - step.num_decoding)
+        if self._token_seconds == 0.0:
+            return self.MIN_TOKENS  # nothing is known yet
+        return int((self._target - self._decode_seconds) / self._token_seconds)
+
+    def commit(self, req: Request, count: int, step: Step) -> None:
+        if count == 1 and step.num_missing == 1:
+            step.num_decoding += 1
+        else:
+            step.num_prompt_tokens += count
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """A step took that long. Only with a target: without one, plans do not depend on time."""
+        if self._target is None or step.num_decoding == 0:
+            return
+        if step.num_prompt_tokens == 0:
+            self._decode_seconds = seconds if self._decode_seconds == 0.0 else 0.8 * self._decode_seconds + 0.2 * seconds
+            return
+        added = max(seconds - self._decode_seconds, 1e-6) / step.num_prompt_tokens
+        self._token_seconds = added if self._token_seconds == 0.0 else 0.7 * self._token_seconds + 0.3 * added
 
 
 class MaxModelLen(Limiter):
@@ -205,9 +255,13 @@ class Slots(Limiter):
         self._released.extend(slot for slot in slots if slot in free)
 
 
-def make_limiters(config: SchedulerConfig, max_model_len: int, max_logits_rows: int, slots: Slots) -> list[Limiter]:
+def make_limiters(
+    config: SchedulerConfig, max_model_len: int, max_logits_rows: int, slots: Slots, pace: PromptPace
+) -> list[Limiter]:
     """The rules of a resolved config. Rows of logits come last: they look at what the others left."""
     limiters: list[Limiter] = [slots, TokenBudget(int(config.max_num_batched_tokens or 0)), MaxModelLen(max_model_len)]
     if config.long_prefill_token_threshold > 0 and config.enable_chunked_prefill:
         limiters.append(LongPrefill(config.long_prefill_token_threshold))
+    if config.itl_target_ms != 0 and config.enable_chunked_prefill:
+        limiters.append(pace)
     return [*limiters, LogitsRows(max_logits_rows)]

@@ -20,7 +20,7 @@ from operator import attrgetter
 from pagoda.base.config import SchedulerConfig
 from pagoda.base.plan import NewRequest, Scheduled
 from pagoda.engine.kv_manager import KvManager
-from pagoda.engine.limits import Limiter, ScheduledRequest, Slots, Step, make_limiters
+from pagoda.engine.limits import Limiter, PromptPace, ScheduledRequest, Slots, Step, make_limiters
 from pagoda.engine.policy import POLICIES
 from pagoda.engine.request import Request, RequestState
 
@@ -40,7 +40,8 @@ class Scheduler:
         self._kv = kv
         self._policy = POLICIES.get(config.scheduling_policy)
         self._may_chunk = config.enable_chunked_prefill
-        self._limiters = make_limiters(config, max_model_len, max_logits_rows, self.slots)
+        self.pace = PromptPace(config.itl_target_ms / 1000 if config.itl_target_ms else None)
+        self._limiters = make_limiters(config, max_model_len, max_logits_rows, self.slots, self.pace)
         # only those that do something, since these loops run once per request and step
         self._cappers = [rule.cap for rule in self._limiters]
         self._committers = [rule.commit for rule in self._limiters if type(rule).commit is not Limiter.commit]

@@ -364,3 +364,65 @@ def test_same_arrivals_give_the_same_plans_byte_for_byte(groups: tuple[KvGroup, 
         return msgspec.msgpack.encode(h.executor.plans)
 
     assert replay() == replay()
+
+
+def test_a_newcomer_gets_as_many_tokens_as_requests_decode() -> None:
+    h = Harness(max_num_batched_tokens=256, num_blocks=200, max_num_seqs=40)
+    for i in range(20):
+        h.add(f"d{i}", [i + 1] * 4, max_tokens=30)
+    h.step()
+    h.step()
+    h.add("newcomer", [9] * 90, max_tokens=2)
+    h.step()
+    assert h.executor.plans[-1].scheduled[-1].num_planned == 20
+    h.run()
+    h.check_all()
+
+
+def test_prompts_are_not_paced_while_nobody_decodes_or_with_target_zero() -> None:
+    h = Harness(max_num_batched_tokens=64)
+    h.add("a", [1] * 60)
+    h.step()
+    assert h.tokens_of_plan() == [(0, 0, 60)]
+    h = Harness(max_num_batched_tokens=64, itl_target_ms=0)
+    h.add("a", [1] * 4, max_tokens=20)
+    h.step()
+    h.add("b", [2] * 60)
+    h.step()
+    assert h.tokens_of_plan()[-1] == (1, 0, 60)
+    h.run()
+    h.check_all()
+
+
+def test_a_burst_fills_the_step() -> None:
+    h = Harness(max_num_batched_tokens=128, num_blocks=300, max_num_seqs=40)
+    for i in range(4):
+        h.add(f"d{i}", [i + 1] * 4, max_tokens=30)
+    h.step()
+    for i in range(30):
+        h.add(f"b{i}", [50 + i] * 30, max_tokens=2)
+    h.step()
+    planned = sum(row.num_planned for row in h.executor.plans[-1].scheduled)
+    assert planned == 4 + 4 * 30, "four decode, thirty prompts wait"
+    h.run()
+    h.check_all()
+
+
+def test_pace_learns_from_step_times_when_there_is_a_target() -> None:
+    from pagoda.engine.limits import PromptPace, Step
+
+    pace = PromptPace(0.050)
+
+    def step(num_decoding: int, num_prompt_tokens: int) -> Step:
+        made = Step(0, 5)
+        made.num_decoding, made.num_prompt_tokens = num_decoding, num_prompt_tokens
+        return made
+
+    class Req:
+        pass
+
+    assert pace.cap(Req(), 500, step(4, 0)) == PromptPace.MIN_TOKENS, "nothing is known yet"  # type: ignore[arg-type]
+    pace.observe(step(4, 0), 0.010)
+    pace.observe(step(4, 20), 0.020)
+    assert pace.cap(Req(), 500, step(4, 0)) == 80, "40 ms are left, half a millisecond each"  # type: ignore[arg-type]
+    assert pace.cap(Req(), 500, step(4, 70)) == 10, "other prompts had their share"  # type: ignore[arg-type]
