@@ -400,7 +400,7 @@ def test_a_burst_fills_the_step() -> None:
         h.add(f"d{i}", [i + 1] * 4, max_tokens=30)
     h.step()
     for i in range(30):
-        h.add(f"b{i}", [50 + i] * 30, max_tokens=2)
+        h.add(f"b{i}", [10 + i] * 30, max_tokens=2)
     h.step()
     planned = sum(row.num_planned for row in h.executor.plans[-1].scheduled)
     assert planned == 4 + 4 * 30, "four decode, thirty prompts wait"
