@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pagoda.api.outputs import RequestStream
-from pagoda.api.processor import Processor, Prompt
+from pagoda.api.processor import Processor, Prompt, is_slow
 from pagoda.base.clock import monotonic
 from pagoda.base.config import config_from_kwargs
 from pagoda.base.errors import EngineDead, InvalidRequest
@@ -83,7 +83,7 @@ class AsyncEngine:
             request_id = f"request-{next(self._serial)}"
         work = (prompt, sampling_params, request_id)
         more = {"priority": priority, "cache_salt": cache_salt, "arrival_time": arrival_time}
-        if _needs_tokenizer(prompt):
+        if _needs_tokenizer(prompt) or is_slow(sampling_params):
             call = functools.partial(self.processor.process, *work, **more)  # type: ignore[arg-type]
             processed = await asyncio.get_running_loop().run_in_executor(self._text_pool, call)
         else:

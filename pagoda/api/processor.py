@@ -6,6 +6,7 @@ Everything that depends on the vocabulary or on the context's length is checked 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -14,12 +15,13 @@ import msgspec
 from pagoda.base.config import EngineConfig
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.registry import nearest
-from pagoda.base.types import GenerateRequest, ModelFacts, SamplingParams
+from pagoda.base.types import GenerateRequest, ModelFacts, SamplingParams, StructuredOutputsParams
 from pagoda.engine.admission import check_prompt_length
+from pagoda.structured.banned import banned_grammar
 from pagoda.structured.translate import translate
 from pagoda.text.tokenizer import Tokenizer
 
-__all__ = ["Processed", "Processor", "Prompt", "PromptDict", "sampling_defaults"]
+__all__ = ["Processed", "Processor", "Prompt", "PromptDict", "is_slow", "sampling_defaults"]
 
 
 class PromptDict(TypedDict, total=False):
@@ -33,6 +35,7 @@ class PromptDict(TypedDict, total=False):
 Prompt = str | Sequence[int] | PromptDict
 
 _PROMPT_KEYS = ["prompt", "prompt_token_ids", "cache_salt"]
+_BREAKERS = ("\n", ":", '"', "*")  # of DRY, where the request names none
 _COPIED_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -67,6 +70,8 @@ class Processor:
         self.max_model_len = config.model.max_model_len
         self.default_values = sampling_defaults(generation_config)
         self._max_logprobs = config.model.max_logprobs
+        self._logprobs_mode = config.model.logprobs_mode
+        self._breaker_ids = functools.lru_cache(maxsize=16)(self._find_breakers)
         self._vocab_size = facts.vocab_size
         self._eos_token_ids = _eos_ids(eos_token_ids, generation_config)
 
@@ -90,7 +95,7 @@ class Processor:
         token_ids = self._truncate(token_ids, params)
         check_prompt_length(len(token_ids), self.max_model_len)
         self._check(params)
-        wanted = params.structured_outputs
+        wanted = _structure(params)
         request = GenerateRequest(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -163,8 +168,13 @@ class Processor:
         room = self.max_model_len - num_prompt
         if params.max_tokens is None:
             changes["max_tokens"] = max(room, params.min_tokens)
-        if params.structured_outputs is not None:  # the worker sees masks only
-            changes["structured_outputs"] = None
+        if params.structured_outputs is not None or params.banned_strings:  # the worker sees masks only
+            changes |= {"structured_outputs": None, "banned_strings": None}
+        if params.logprobs_mode is None and self._logprobs_mode != "raw_logprobs":
+            changes["logprobs_mode"] = self._logprobs_mode
+        if params.dry_multiplier > 0:
+            breakers = _BREAKERS if params.dry_sequence_breakers is None else tuple(params.dry_sequence_breakers)
+            changes["dry_breaker_ids"] = self._breaker_ids(breakers)
         if params.bad_words:
             changes["bad_words_token_ids"] = [*(params.bad_words_token_ids or ()), *self._spellings(params.bad_words)]
         return msgspec.structs.replace(params, **changes) if changes else params
@@ -179,6 +189,30 @@ class Processor:
                 raise InvalidRequest(f"`bad_words` has {word!r}, which has no tokens", param="bad_words")
             found.update((tuple(ids), None) for ids in spelled if ids)
         return [list(ids) for ids in found]
+
+
+    def _find_breakers(self, breakers: tuple[str, ...]) -> list[int]:
+        """Tokens whose text has a breaker in it; a breaker that no single token has counts by its last token."""
+        texts = [self.tokenizer.token_str(i) for i in range(min(self._vocab_size, self.tokenizer.vocab_size))]
+        found: set[int] = set()
+        for breaker in breakers:
+            ids = [i for i, text in enumerate(texts) if breaker in text]
+            found.update(ids or self.tokenizer.encode(breaker, add_special_tokens=False)[-1:])
+        return sorted(found)
+
+
+def is_slow(params: SamplingParams | None) -> bool:
+    """Whether `process` may take too long for an event loop: it reads the whole vocabulary, or makes a grammar."""
+    return params is not None and (params.dry_multiplier > 0 or bool(params.banned_strings))
+
+
+def _structure(params: SamplingParams) -> StructuredOutputsParams | None:
+    """What the text must look like; banned strings are such a demand."""
+    if not params.banned_strings:
+        return params.structured_outputs
+    if params.structured_outputs is not None:
+        raise InvalidRequest("`banned_strings` and structured output exclude each other: write it into the grammar", param="banned_strings")
+    return StructuredOutputsParams(grammar=banned_grammar(params.banned_strings))
 
 
 def _eos_ids(eos_token_ids: Sequence[int], generation_config: Mapping[str, Any]) -> list[int]:

@@ -21,6 +21,7 @@ __all__ = [
     "GenerateRequest",
     "KvGroup",
     "Logprob",
+    "LogprobsMode",
     "ModelFacts",
     "RequestMetrics",
     "RequestOutput",
@@ -32,6 +33,11 @@ __all__ = [
 
 MAX_SAMPLES = 16384
 MAX_LOGIT_BIAS = 1024
+MAX_BANNED_STRINGS = 256
+MAX_BREAKERS = 64
+
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
+"""What `logprobs` are: log-probabilities or logits, as the model made them or as they were drawn from."""
 
 
 class FinishReason(enum.StrEnum):
@@ -105,6 +111,26 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     allowed_token_ids: list[int] | None = None
     bad_words_token_ids: list[list[int]] | None = None  # filled by the front from `bad_words`
     structured_outputs: StructuredOutputsParams | None = None  # the front turns it into `GenerateRequest.grammar`
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0  # 0 or -1: off
+    dynatemp_range: float = 0.0  # temperature moves this far both ways with the entropy; 0: off
+    dynatemp_exponent: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0  # 0: off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_range: int = 0  # of how many last tokens; 0 or -1: all
+    dry_sequence_breakers: list[str] | None = None  # None: newline, colon, quotation mark, asterisk
+    dry_breaker_ids: list[int] | None = None  # filled by the front from `dry_sequence_breakers`
+    mirostat_mode: int = 0  # 0: off, 2: the second algorithm
+    mirostat_tau: float = 5.0  # bits of surprise per token
+    mirostat_eta: float = 0.1
+    banned_strings: list[str] | None = None  # the front turns it into `GenerateRequest.grammar`
+    use_beam_search: bool = False  # `n` beams; the front runs them
+    length_penalty: float = 1.0  # of beam search: a beam's score is its log-probability / length ** penalty
+    logprobs_mode: LogprobsMode | None = None  # None: the engine's
+    extra_args: dict[str, Any] | None = None  # for logits processors of plug-ins
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -114,6 +140,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         self.bad_words = self.bad_words or []
         self._check_numbers()
         self._check_lists()
+        self._check_chain()
 
     def _check_numbers(self) -> None:
         _check(1 <= self.n <= MAX_SAMPLES, "n", f"must be between 1 and {MAX_SAMPLES}", self.n)
@@ -139,7 +166,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         _check(self.prompt_logprobs is None or self.prompt_logprobs >= -1, "prompt_logprobs", "must be -1 (all) or at least 0", self.prompt_logprobs)
         keep = self.truncate_prompt_tokens
         _check(keep is None or keep == -1 or keep >= 1, "truncate_prompt_tokens", "must be -1 or at least 1", keep)
-        _check(self.n == 1 or self.temperature > 0.0, "n", "must be 1 with temperature 0: all samples would be equal", self.n)
+        _check(self.n == 1 or self.temperature > 0.0 or self.use_beam_search, "n", "must be 1 with temperature 0: all samples would be equal", self.n)
 
     def _check_lists(self) -> None:
         _check(all(isinstance(s, str) and s for s in self.stop or ()), "stop", "must not contain an empty string", self.stop)
@@ -150,6 +177,29 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if self.logit_bias:
             _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"must have at most {MAX_LOGIT_BIAS} entries", len(self.logit_bias))
             self.logit_bias = {int(k): min(100.0, max(-100.0, float(v))) for k, v in self.logit_bias.items()}
+        for name, limit in (("banned_strings", MAX_BANNED_STRINGS), ("dry_sequence_breakers", MAX_BREAKERS)):
+            texts = getattr(self, name) or ()
+            _check(len(texts) <= limit, name, f"must have at most {limit} entries", len(texts))
+            _check(all(texts), name, "must not contain an empty string", texts)
+
+    def _check_chain(self) -> None:
+        """The parts of the chain that are off by default."""
+        _check(0.0 < self.typical_p <= 1.0, "typical_p", "must be above 0 and at most 1", self.typical_p)
+        if self.top_n_sigma == -1:
+            self.top_n_sigma = 0.0
+        _check(0.0 <= self.top_n_sigma <= 1000.0, "top_n_sigma", "must be 0 (off) or positive, at most 1000", self.top_n_sigma)
+        _check(0.0 <= self.dynatemp_range <= 2.0, "dynatemp_range", "must be between 0 and 2", self.dynatemp_range)
+        _check(0.0 < self.dynatemp_exponent <= 100.0, "dynatemp_exponent", "must be above 0 and at most 100", self.dynatemp_exponent)
+        _check(0.0 <= self.xtc_probability <= 1.0, "xtc_probability", "must be between 0 and 1", self.xtc_probability)
+        _check(0.0 <= self.xtc_threshold <= 1.0, "xtc_threshold", "must be between 0 and 1", self.xtc_threshold)
+        _check(0.0 <= self.dry_multiplier <= 100.0, "dry_multiplier", "must be between 0 and 100", self.dry_multiplier)
+        _check(1.0 <= self.dry_base <= 100.0, "dry_base", "must be between 1 and 100", self.dry_base)
+        _check(0 <= self.dry_allowed_length < 2**31, "dry_allowed_length", "must not be negative", self.dry_allowed_length)
+        _check(-1 <= self.dry_range < 2**31, "dry_range", "must be -1 or 0 (all), or at least 1", self.dry_range)
+        _check(self.mirostat_mode in (0, 2), "mirostat_mode", "must be 0 (off) or 2", self.mirostat_mode)
+        _check(0.0 <= self.mirostat_tau <= 100.0, "mirostat_tau", "must be between 0 and 100", self.mirostat_tau)
+        _check(0.0 <= self.mirostat_eta <= 1.0, "mirostat_eta", "must be between 0 and 1", self.mirostat_eta)
+        _check(abs(self.length_penalty) <= 100.0, "length_penalty", "must be between -100 and 100", self.length_penalty)
 
     def clone(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, checked again."""

@@ -30,6 +30,7 @@ from pagoda.structured.matcher import GrammarCompiler
 from pagoda.worker.batch import BatchBuilder, Sizes
 from pagoda.worker.graphs import make_forward
 from pagoda.worker.kv_store import KvStore, block_nbytes
+from pagoda.worker.logits import load_processors
 from pagoda.worker.runner import Runner
 from pagoda.worker.table import RequestTable
 
@@ -175,7 +176,8 @@ def _build_runner(
     store = KvStore(facts, dtype=config.cache.kv_cache_dtype, block_size=budget.block_size, num_blocks=budget.num_blocks)
     builder = BatchBuilder(sizes, len(facts.kv_groups), budget.block_size)
     table = RequestTable(
-        max_num_seqs=seqs, max_model_len=budget.max_model_len, num_groups=len(facts.kv_groups), max_blocks=blocks
-    )
+        max_num_seqs=seqs, max_model_len=budget.max_model_len, num_groups=len(facts.kv_groups), max_blocks=blocks,
+        processors=load_processors(config.model.logits_processors),
+    )  # fmt: skip
     forward = make_forward(model, builder, store, eager=config.device.enforce_eager, native=native)
     return Runner(table, builder, forward, store), builder.nbytes + table.nbytes + forward.nbytes

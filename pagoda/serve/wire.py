@@ -102,6 +102,22 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     allowed_token_ids: list[Int] | None = None
     bad_words: list[str] | None = None
+    typical_p: float | None = None
+    top_n_sigma: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: Int | None = None
+    dry_range: Int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    mirostat_mode: Int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    banned_strings: list[str] | None = None
+    vllm_xargs: dict[str, Any] | None = None
     truncate_prompt_tokens: Int | None = None
     prompt_logprobs: Int | None = None
     add_special_tokens: bool | None = None
@@ -134,7 +150,7 @@ UNSUPPORTED = {
     "structural_tag": "the old name of `structured_outputs.structural_tag`",
     "use_beam_search": "beam search",
     "prompt_embeds": "prompt embeddings",
-    "logits_processors": "custom logits processors",
+    "logits_processors": "a logits processor sent with the request (start the server with --logits-processors)",
     "mm_processor_kwargs": "multimodal input",
     "media_io_kwargs": "multimodal input",
     "kv_transfer_params": "KV transfer",
@@ -142,7 +158,6 @@ UNSUPPORTED = {
     "thinking_token_budget": "a thinking budget",
     "repetition_detection": "repetition detection",
     "logprob_token_ids": "logprobs of chosen tokens",
-    "vllm_xargs": "arguments of custom processors",
     "chat_template": "a chat template sent with the request (start the server with --chat-template)",
     "audio": "audio output",
     "web_search_options": "web search",
@@ -216,6 +231,21 @@ _COPIED = [
     "bad_words",
     "truncate_prompt_tokens",
     "prompt_logprobs",
+    "typical_p",
+    "top_n_sigma",
+    "dynatemp_range",
+    "dynatemp_exponent",
+    "xtc_probability",
+    "xtc_threshold",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_range",
+    "dry_sequence_breakers",
+    "mirostat_mode",
+    "mirostat_tau",
+    "mirostat_eta",
+    "banned_strings",
 ]
 
 
@@ -227,6 +257,8 @@ def sampling_params(body: GenerationFields, defaults: dict[str, Any], **more: An
             values[name] = value
     if body.logit_bias:
         values["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
+    if body.vllm_xargs:
+        values["extra_args"] = body.vllm_xargs
     values["output_kind"] = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
     values.update(more)
     return SamplingParams(**values)

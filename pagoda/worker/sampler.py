@@ -1,16 +1,18 @@
 """From logits to tokens.
 
-Order of operations for a row, documented once, here:
+Order of operations for a row, documented once, here and in `worker/logits`:
 
     0  raw log-probabilities are taken, if asked for (log-softmax of the model's logits, before anything below)
-    1  the steps of `worker/logits`: allowed ids, bad words, min_tokens, logit_bias, penalties; then the grammar's mask.
-       Where the two leave no token at all the grammar wins: the mask is laid on the logits as the model made them
-    2  temperature 0: the largest logit, the lowest id on ties; otherwise softmax(logits / temperature)
-    3  min_p    4  top_k    5  top_p, over what is left
+    1  the steps of `worker/logits`: allowed ids, bad words, min_tokens, logit_bias, penalties, DRY, plug-ins; then the
+       grammar's mask. Where the two leave no token at all the grammar wins: the mask is laid on the logits as the model made them
+    2  temperature 0: the largest logit, the lowest id on ties; otherwise the shaping steps (top_n_sigma, dynamic
+       temperature, typical_p), and softmax(logits / temperature)
+    3  min_p    4  top_k    5  top_p, over what is left; then XTC. Mirostat stands in the place of all four
     6  one draw: the counter-based random number of (seed, position), inverse cumulative distribution in id order
 
-2 to 6 are one fused op for all rows of the step; a row that needs step 1 has its logits changed in place first, so
-that every row is drawn with the same arithmetic and the same number, whatever its neighbours ask for.
+The draw with its temperature and truncations is one fused op for all rows of the step; a row that needs more has its logits
+changed in place first, so that every row is drawn with the same arithmetic and the same number, whatever its neighbours ask
+for. With `logprobs_mode` processed_* step 0 is taken before 6 instead, of what is left then, divided by the temperature.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagoda.base.plan import Masks, StepRow
-from pagoda.base.types import TokenLogprobs
+from pagoda.base.types import SamplingParams, TokenLogprobs
 from pagoda.kernels import ops
 from pagoda.worker.batch import StepRows
-from pagoda.worker.logits import STEPS, RowContext
-from pagoda.worker.table import RequestTable
+from pagoda.worker.logits import Mirostat, ProcessorFailed, RowContext
+from pagoda.worker.logits.truncate import truncate
+from pagoda.worker.table import RequestTable, SlotInfo
 
 __all__ = ["Sampler", "top_logprobs"]
 
@@ -32,6 +35,9 @@ NOT_FINITE = "the model produced logits that are not finite for this request"
 
 
 class Sampler:
+    def __init__(self) -> None:
+        self._mirostat = Mirostat()
+
     def sample(self, logits_RV: np.ndarray, rows: StepRows, table: RequestTable, masks: Masks | None = None) -> list[StepRow]:
         """One StepRow per sequence of the batch. Changes `logits_RV`; appends sampled tokens to the table."""
         results = [StepRow(slot=slot) for slot in rows.slots_S.tolist()]
@@ -56,8 +62,8 @@ class Sampler:
         )  # fmt: skip
         for i, (s, token) in enumerate(zip(chosen_S, ids.tolist(), strict=True)):
             result = results[s]
-            if token < 0 or result.error or i in raw.failed:
-                result.error = result.error or NOT_FINITE
+            if token < 0 or result.error or i in raw.errors:
+                result.error = result.error or raw.errors.get(i, NOT_FINITE)
             else:
                 result.token_ids = [token]
         drawn = [i for i, s in enumerate(chosen_S) if results[s].error is None]
@@ -67,6 +73,9 @@ class Sampler:
             if result.error is None:
                 count = table.info(int(slots[i])).params.logprobs or 0
                 result.logprobs = [top_logprobs(logits_V, result.token_ids[0], count, raw.normalizer[i])]
+        for i, (logits_V, info, context) in raw.drawn_from.items():
+            if results[chosen_S[i]].error is None:
+                self._mirostat.observe(logits_V, context, info.request_id, int(ids[i]))
         return results
 
     def _prepare(
@@ -80,30 +89,44 @@ class Sampler:
     ) -> None:
         """Keeps what logprobs need, then runs the steps in place; rows that ask for neither are passed over."""
         mask_of = {slot: i for i, slot in enumerate(masks.slots)} if masks else {}
-        for i, (row, slot) in enumerate(zip(row_R, slots, strict=True)):
-            masked = int(slot) in mask_of
-            if not masked and not table.is_special_N[slot]:
+        for i, (row, slot) in enumerate(zip(row_R, slots.tolist(), strict=True)):
+            index = mask_of.get(slot)
+            if index is None and not table.is_special_N[slot]:
                 continue
-            info = table.info(int(slot))
-            steps = [step for step in STEPS if step.wants(info.params)]
             logits_V = logits_RV[row]
             if not ops.row_is_finite(logits_V[None])[0]:  # a mask would hide it
-                raw.failed.add(i)
+                raw.errors[i] = NOT_FINITE
                 continue
-            if info.params.logprobs is not None:
-                raw.logits_V[i] = logits_V.copy() if steps or masked else logits_V
-                raw.normalizer[i] = float(ops.row_logsumexp(logits_V[None])[0])
-            untouched_V = logits_V.copy() if steps and masked else None
-            if steps:
-                tokens = table.tokens_NL[slot, : table.num_tokens_N[slot]]
-                context = RowContext(info.params, tokens, info.num_prompt_tokens, info.stop_ids)
-                for step in steps:
-                    step.apply(logits_V, context)
-            if masks and masked:
-                apply_mask(logits_V, masks, mask_of[int(slot)])
-                if untouched_V is not None and logits_V.max() == -np.inf:
-                    logits_V[:] = untouched_V
-                    apply_mask(logits_V, masks, mask_of[int(slot)])
+            info = table.info(slot)
+            context = RowContext(info.params, table.tokens_NL[slot, : table.num_tokens_N[slot]], info.num_prompt_tokens, info.stop_ids)
+            if info.params.logprobs is not None and not _is_processed(info.params):
+                raw.keep(i, logits_V.copy() if info.chain or index is not None else logits_V, info.params)
+            try:
+                self._run_chain(logits_V, info, context, masks, index)
+            except ProcessorFailed as error:
+                raw.errors[i] = str(error)
+                continue
+            if info.params.logprobs is not None and _is_processed(info.params):
+                raw.keep(i, _processed(logits_V, info), info.params)
+            if info.chain.has_mirostat:
+                raw.drawn_from[i] = (logits_V, info, context)
+
+    def _run_chain(self, logits_V: np.ndarray, info: SlotInfo, context: RowContext, masks: Masks | None, index: int | None) -> None:
+        """Steps, mask, shapers, in place. `index` is the row's mask."""
+        chain = info.chain
+        untouched_V = logits_V.copy() if chain.steps and index is not None else None
+        for step in chain.steps:
+            step.apply(logits_V, context)
+        if masks is not None and index is not None:
+            apply_mask(logits_V, masks, index)
+            if untouched_V is not None and logits_V.max() == -np.inf:
+                logits_V[:] = untouched_V
+                apply_mask(logits_V, masks, index)
+        if (chain.shapers or chain.has_mirostat) and np.isfinite(logits_V.max()):
+            for step in chain.shapers:
+                step.apply(logits_V, context)
+            if chain.has_mirostat:
+                self._mirostat.apply(logits_V, context, info.request_id)
 
     def _score_prompts(
         self, logits_RV: np.ndarray, rows: StepRows, table: RequestTable, results: list[StepRow]
@@ -129,12 +152,32 @@ class Sampler:
 
 
 class _Raw:
-    """Logits as the model made them, for rows that want logprobs."""
+    """What the rows that are more than a fused draw left on the way."""
 
     def __init__(self) -> None:
-        self.logits_V: dict[int, np.ndarray] = {}
-        self.normalizer: dict[int, float] = {}
-        self.failed: set[int] = set()
+        self.logits_V: dict[int, np.ndarray] = {}  # of rows that want logprobs
+        self.normalizer: dict[int, float] = {}  # 0 where logits are wanted
+        self.errors: dict[int, str] = {}
+        self.drawn_from: dict[int, tuple[np.ndarray, SlotInfo, RowContext]] = {}  # of rows with Mirostat
+
+    def keep(self, i: int, logits_V: np.ndarray, params: SamplingParams) -> None:
+        wants_logits = (params.logprobs_mode or "").endswith("_logits")
+        self.logits_V[i] = logits_V
+        self.normalizer[i] = 0.0 if wants_logits else float(ops.row_logsumexp(logits_V[None])[0])
+
+
+def _is_processed(params: SamplingParams) -> bool:
+    return (params.logprobs_mode or "").startswith("processed_")
+
+
+def _processed(logits_V: np.ndarray, info: SlotInfo) -> np.ndarray:
+    """A copy of the row as the fused draw sees it behind its truncations."""
+    copy_V, params = logits_V.copy(), info.params
+    if params.temperature > 0 and np.isfinite(copy_V.max()):
+        if not info.chain.is_truncated:
+            truncate(copy_V, params)
+        copy_V /= np.float32(params.temperature)
+    return copy_V
 
 
 def apply_mask(logits_V: np.ndarray, masks: Masks, index: int) -> None:

@@ -10,13 +10,14 @@ A slot is given by the brain at admission and released in a later plan. Row `slo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pagoda.base.plan import NewRequest, Scheduled, StepPlan
 from pagoda.base.types import SamplingParams
-from pagoda.worker.logits import STEPS
+from pagoda.worker.logits import Chain, LogitsStep, chain_of
 
 __all__ = ["RequestTable", "SlotInfo"]
 
@@ -29,11 +30,23 @@ class SlotInfo:
     params: SamplingParams
     num_prompt_tokens: int
     stop_ids: list[int]
+    chain: Chain
 
 
 class RequestTable:
-    def __init__(self, *, max_num_seqs: int, max_model_len: int, num_groups: int, max_blocks: int) -> None:
+    """`processors` are plug-ins of the logits chain."""
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        num_groups: int,
+        max_blocks: int,
+        processors: Sequence[LogitsStep] = (),
+    ) -> None:
         n = max_num_seqs
+        self._processors = tuple(processors)
         self.tokens_NL = np.zeros((n, max_model_len), np.int32)
         self.num_tokens_N = np.zeros(n, np.int32)
         self.tables_gNB = np.zeros((num_groups, n, max_blocks), np.int32)
@@ -71,17 +84,19 @@ class RequestTable:
         slot, params = new.slot, new.params
         assert self.infos[slot] is None, f"slot {slot} is taken"
         assert params.seed is not None, "the brain gives every request a seed"
-        self.infos[slot] = SlotInfo(new.request_id, params, new.num_prompt_tokens, new.stop_ids)
+        chain = chain_of(params, self._processors)
+        self.infos[slot] = SlotInfo(new.request_id, params, new.num_prompt_tokens, new.stop_ids, chain)
         self.tokens_NL[slot, : len(new.token_ids)] = new.token_ids
         self.num_tokens_N[slot] = len(new.token_ids)
         for group, ids in enumerate(new.block_ids):
             self.tables_gNB[group, slot, : len(ids)] = ids
             self.num_blocks_gN[group, slot] = len(ids)
         self.temperature_N[slot] = params.temperature
-        self.top_p_N[slot] = params.top_p
-        self.min_p_N[slot] = params.min_p
-        self.top_k_N[slot] = max(params.top_k, 0)
-        self.is_special_N[slot] = params.logprobs is not None or any(step.wants(params) for step in STEPS)
+        is_open = not chain.is_truncated
+        self.top_p_N[slot] = params.top_p if is_open else 1.0
+        self.min_p_N[slot] = params.min_p if is_open else 0.0
+        self.top_k_N[slot] = max(params.top_k, 0) if is_open else 0
+        self.is_special_N[slot] = params.logprobs is not None or bool(chain)
         self.wants_prompt_logprobs_N[slot] = params.prompt_logprobs is not None
         self.seed_N[slot] = np.uint64(params.seed & 0xFFFF_FFFF_FFFF_FFFF)
 

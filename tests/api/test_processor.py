@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pagoda.api.processor import Processor, sampling_defaults
 from pagoda.base.errors import InvalidRequest
-from pagoda.base.types import SamplingParams
+from pagoda.base.types import SamplingParams, StructuredOutputsParams
 from tests.api.fakes import EOS, VOCAB, FakeEngine
 
 
@@ -102,3 +103,33 @@ def test_max_logprobs_minus_one_allows_the_whole_vocabulary() -> None:
     engine = FakeEngine(max_logprobs=-1)
     p = Processor(engine.config, engine.facts, engine.front.tokenizer)
     assert p.process("a", SamplingParams(logprobs=-1), "r").request.params.logprobs == -1
+
+
+def test_dry_breakers_become_the_tokens_that_have_them() -> None:
+    p = processor()
+    texts = {i: p.tokenizer.token_str(i) for i in range(min(VOCAB, p.tokenizer.vocab_size))}
+    found = p.process("a", SamplingParams(dry_multiplier=1.0, dry_sequence_breakers=["b"]), "r").request.params.dry_breaker_ids
+    assert found == [i for i, text in texts.items() if "b" in text] != []
+    default = p.process("a", SamplingParams(dry_multiplier=1.0), "r").request.params.dry_breaker_ids
+    assert default == [i for i, text in texts.items() if any(c in text for c in '\n:"*')] != []
+    assert p.process("a", SamplingParams(dry_multiplier=1.0, dry_sequence_breakers=[]), "r").request.params.dry_breaker_ids == []
+    several = p.process("a", SamplingParams(dry_multiplier=1.0, dry_sequence_breakers=["xyz"]), "r").request.params.dry_breaker_ids
+    assert several == ids("z"), "a breaker that no token has counts by its last token"
+    assert p.process("a", SamplingParams(), "r").request.params.dry_breaker_ids is None
+
+
+def test_the_engines_logprobs_mode_holds_where_the_request_says_nothing() -> None:
+    engine = FakeEngine()
+    config = replace(engine.config, model=replace(engine.config.model, logprobs_mode="raw_logits"))
+    p = Processor(config, engine.facts, engine.front.tokenizer, eos_token_ids=[EOS])
+    assert p.process("a", SamplingParams(), "r").request.params.logprobs_mode == "raw_logits"
+    own = SamplingParams(logprobs_mode="processed_logprobs")
+    assert p.process("a", own, "r").request.params.logprobs_mode == "processed_logprobs"
+
+
+def test_banned_strings_become_a_grammar() -> None:
+    request = processor().process("a", SamplingParams(banned_strings=["a b", "c"]), "r").request
+    assert request.grammar is not None and request.params.banned_strings is None
+    with pytest.raises(InvalidRequest, match="exclude each other") as caught:
+        processor().process("a", SamplingParams(banned_strings=["a"], structured_outputs=StructuredOutputsParams(regex="a")), "r")
+    assert caught.value.param == "banned_strings"

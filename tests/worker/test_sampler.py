@@ -114,10 +114,6 @@ def test_order_allowed_comes_before_bias() -> None:
     assert chosen(greedy(allowed_token_ids=[4, 5], logit_bias={7: 100.0, 5: 1.0}), logits((7, 3.0))) == 5
 
 
-def test_the_documented_order_is_the_order() -> None:
-    assert [type(step).__name__ for step in STEPS] == ["AllowedTokens", "BadWords", "MinTokens", "LogitBias", "Penalties"]
-
-
 def test_grammar_mask_is_last_and_only_for_its_slot() -> None:
     words = np.zeros((1, 2), np.uint32)
     words[0, 0] = 1 << 11 | 1 << 12

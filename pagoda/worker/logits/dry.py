@@ -29,7 +29,7 @@ class Dry:
     def apply(self, logits_V: Any, row: RowContext) -> None:
         params = row.params
         ids = row.token_ids[-params.dry_range :] if params.dry_range > 0 else row.token_ids
-        longest = params.dry_allowed_length + _growth(params)
+        longest = max(1, params.dry_allowed_length) + _growth(params)
         next_ids, lengths = repeated_lengths(ids, params.dry_breaker_ids or [], longest)
         is_long = lengths >= max(1, params.dry_allowed_length)
         if is_long.any():

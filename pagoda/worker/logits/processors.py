@@ -42,15 +42,17 @@ class _Guarded:
         self._name, self._inner = name, inner
 
     def wants(self, params: SamplingParams) -> bool:
+        """True where the plug-in raises: `apply` will say so, to the request."""
         try:
             return bool(self._inner.wants(params))
         except Exception as error:
-            _log.error("logits processor `%s` failed in `wants` and is left out: %s: %s", self._name, type(error).__name__, error)
-            return False
+            _log.error("logits processor `%s` failed in `wants`: %s: %s", self._name, type(error).__name__, error)
+            return True
 
     def apply(self, logits_V: Any, row: RowContext) -> None:
         try:
-            self._inner.apply(logits_V, row)
+            if self._inner.wants(row.params):
+                self._inner.apply(logits_V, row)
         except Exception as error:
             raise ProcessorFailed(f"logits processor `{self._name}` failed: {type(error).__name__}: {error}") from error
         if np.isnan(logits_V).any():
