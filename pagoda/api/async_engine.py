@@ -11,13 +11,15 @@ import functools
 import itertools
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
+from pagoda.api.beam import BeamSearch
 from pagoda.api.outputs import RequestStream
-from pagoda.api.processor import Processor, Prompt, is_slow
+from pagoda.api.processor import Processed, Processor, Prompt, is_slow
 from pagoda.base.clock import monotonic
 from pagoda.base.config import config_from_kwargs
-from pagoda.base.errors import EngineDead, InvalidRequest
+from pagoda.base.errors import EngineDead, InvalidRequest, RequestError, RequestFailed
 from pagoda.base.log import get_logger
 from pagoda.base.types import EngineOutput, FinishReason, RequestOutput, SamplingParams
 from pagoda.engine.client import CoreClient, ThreadClient
@@ -45,6 +47,7 @@ class AsyncEngine:
         self._client = client
         self._on_shutdown = on_shutdown
         self._readers: dict[str, _Reader] = {}
+        self._searches: dict[str, set[str]] = {}  # beam searches by request id: the requests of their step
         self._dispatcher: asyncio.Task[None] | None = None
         self._serial = itertools.count()
         self._text_pool = ThreadPoolExecutor(1, thread_name_prefix="pagoda-text")  # more would only take cores from the kernels
@@ -88,8 +91,11 @@ class AsyncEngine:
             processed = await asyncio.get_running_loop().run_in_executor(self._text_pool, call)
         else:
             processed = self.processor.process(*work, **more)  # type: ignore[arg-type]
-        if request_id in self._readers:
+        if request_id in self._readers or request_id in self._searches:
             raise InvalidRequest(f"request id `{request_id}` is already in use", param="request_id")
+        if processed.request.params.use_beam_search:
+            yield await self._search(processed, priority)
+            return
         reader = _Reader(RequestStream(processed.request, processed.prompt, self.processor.tokenizer))
         self._start_dispatcher()
         self._readers[request_id] = reader
@@ -101,6 +107,39 @@ class AsyncEngine:
             del self._readers[request_id]
             if not reader.stream.is_finished:
                 self._client.abort([request_id])
+
+    async def _search(self, processed: Processed, priority: int) -> RequestOutput:
+        """Beam search: each step's requests run side by side. An abort, or an error of one of them, ends the search."""
+        search = BeamSearch(processed.request, self.processor.max_model_len)
+        name = processed.request.request_id
+        running = self._searches[name] = set()
+        is_aborted = False
+        try:
+            while not search.is_finished and not is_aborted:
+                ids = [f"{name}-beam{next(self._serial)}" for _ in search.prompts()]
+                running |= set(ids)
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(self._last(prompt, search.step_params, step_id, priority, processed.request.cache_salt))
+                        for prompt, step_id in zip(search.prompts(), ids, strict=True)
+                    ]
+                answers = [task.result() for task in tasks]
+                running.clear()
+                is_aborted = any(answer.outputs[0].finish_reason == FinishReason.ABORT for answer in answers)
+                if not is_aborted:
+                    search.advance(answers)
+        except* RequestError as errors:
+            raise _first(errors) from None
+        finally:
+            del self._searches[name]
+        return search.output(processed.prompt, self.processor.tokenizer, is_aborted=is_aborted)
+
+    async def _last(self, prompt: list[int], params: SamplingParams, request_id: str, priority: int, cache_salt: str) -> RequestOutput:
+        async with aclosing(self.generate(prompt, params, request_id, priority, cache_salt)) as outputs:
+            async for output in outputs:
+                if output.finished:
+                    return output
+        raise RequestFailed("the engine ended a beam without an answer")
 
     @staticmethod
     async def _read(reader: _Reader) -> AsyncGenerator[RequestOutput, None]:
@@ -157,7 +196,7 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """Ends a request: its `generate` yields a last output with finish reason "abort". Unknown ids are passed over."""
-        self._client.abort([request_id])
+        self._client.abort([request_id, *self._searches.get(request_id, ())])
 
     async def check_health(self) -> None:
         """Raises EngineDead when the core's loop has stopped or makes no progress."""
@@ -181,6 +220,12 @@ class AsyncEngine:
         if self._on_shutdown is not None:
             self._on_shutdown()
             self._on_shutdown = None
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a group, however deep."""
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _needs_tokenizer(prompt: Prompt) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import msgspec
 from tqdm import tqdm
 
+from pagoda.api.beam import BeamSearch
 from pagoda.api.outputs import RequestStream
 from pagoda.api.processor import Processor, Prompt
 from pagoda.base.config import EngineConfig, config_from_kwargs
@@ -93,11 +94,32 @@ class LLM:
         params = self._params_of(sampling_params, len(items))
         if priority is not None and len(priority) != len(items):
             raise InvalidRequest(f"there are {len(items)} prompts and {len(priority)} priorities", param="priority")
-        streams = [
-            self._stream(prompt, each, 0 if priority is None else priority[place])
-            for place, (prompt, each) in enumerate(zip(items, params, strict=True))
-        ]
-        return self._run(streams, use_tqdm)
+        ranks = [0] * len(items) if priority is None else list(priority)
+        beams = [place for place, each in enumerate(params) if each.use_beam_search]
+        found = dict(zip(beams, self._search([(items[i], params[i]) for i in beams], [ranks[i] for i in beams]), strict=True))
+        streams = [self._stream(items[i], params[i], ranks[i]) for i in range(len(items)) if i not in found]
+        sampled = iter(self._run(streams, use_tqdm))
+        return [found[i] if i in found else next(sampled) for i in range(len(items))]
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        beam_width: int,
+        max_tokens: int,
+        ignore_eos: bool = False,
+        length_penalty: float = 1.0,
+        logprobs: int | None = None,
+    ) -> list[RequestOutput]:
+        """The `beam_width` most likely continuations of each prompt, best first; `cumulative_logprob` is a beam's log-probability.
+
+        Needs --max-logprobs of at least twice the width.
+        """
+        params = SamplingParams(
+            n=beam_width, max_tokens=max_tokens, ignore_eos=ignore_eos, length_penalty=length_penalty, logprobs=logprobs,
+            use_beam_search=True, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        return self.generate(prompts, params, use_tqdm=False)
 
     def chat(
         self,
@@ -164,6 +186,23 @@ class LLM:
             params = msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
         request, text = self._processor.process(prompt, params, str(next(self._serial)), priority=priority)
         return RequestStream(request, text, self._processor.tokenizer)
+
+    def _search(self, asked: list[tuple[Prompt, SamplingParams]], priority: list[int]) -> list[RequestOutput]:
+        """Beam searches, all of them a step at a time."""
+        processed = [self._processor.process(prompt, params, str(next(self._serial))) for prompt, params in asked]
+        searches = [BeamSearch(one.request, self._processor.max_model_len) for one in processed]
+        while any(not search.is_finished for search in searches):
+            streams = [
+                [self._stream(ids, search.step_params, rank) for ids in search.prompts()]
+                for search, rank in zip(searches, priority, strict=True)
+            ]
+            outputs = iter(self._run([stream for group in streams for stream in group], False))
+            for search, group in zip(searches, streams, strict=True):
+                answers = [next(outputs) for _ in group]
+                if answers:
+                    search.advance(answers)
+        tokenizer = self._processor.tokenizer
+        return [search.output(one.prompt, tokenizer) for search, one in zip(searches, processed, strict=True)]
 
     def _run(self, streams: list[RequestStream], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         """Steps the core until all streams have ended. Leaves nothing behind in it, whatever happens."""

@@ -106,6 +106,7 @@ class Processor:
             arrival_time=arrival_time,
             grammar=None if wanted is None else translate(wanted).grammar,
             grammar_starts_after=[] if wanted is None else wanted.starts_after,
+            grammar_opens_with=None if wanted is None else wanted.opens_with,
         )
         return Processed(request, text)
 
@@ -155,6 +156,8 @@ class Processor:
             wanted = self._vocab_size if asked == -1 else asked
             if wanted is not None and wanted > limit:
                 raise InvalidRequest(f"`{name}` is {asked}, but at most {limit} are given (--max-logprobs)", param=name)
+        if params.use_beam_search and 2 * params.n > limit:
+            raise InvalidRequest(f"{params.n} beams need {2 * params.n} logprobs, but at most {limit} are given (--max-logprobs)", param="n")
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
             for token_id in getattr(params, name) or ():
                 if not 0 <= token_id < self._vocab_size:

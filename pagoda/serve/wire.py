@@ -117,6 +117,8 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
     banned_strings: list[str] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
     vllm_xargs: dict[str, Any] | None = None
     truncate_prompt_tokens: Int | None = None
     prompt_logprobs: Int | None = None
@@ -148,7 +150,6 @@ UNSUPPORTED = {
     "guided_choice": "the old name of `structured_outputs.choice`",
     "guided_grammar": "the old name of `structured_outputs.grammar`",
     "structural_tag": "the old name of `structured_outputs.structural_tag`",
-    "use_beam_search": "beam search",
     "prompt_embeds": "prompt embeddings",
     "logits_processors": "a logits processor sent with the request (start the server with --logits-processors)",
     "mm_processor_kwargs": "multimodal input",
@@ -183,7 +184,7 @@ NO_EFFECT = frozenset(
 )
 """OpenAI's fields about billing, storage and hints, which leave the answer as it is: accepted, without effect."""
 
-_HARMLESS = {"use_beam_search": b"false", "function_call": b'"none"', "suffix": b'""'}
+_HARMLESS = {"function_call": b'"none"', "suffix": b'""'}
 
 
 def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
@@ -246,6 +247,8 @@ _COPIED = [
     "mirostat_tau",
     "mirostat_eta",
     "banned_strings",
+    "use_beam_search",
+    "length_penalty",
 ]
 
 
@@ -307,6 +310,8 @@ def check_common(body: GenerationFields) -> None:
     """Rules between fields that all generating protocols share."""
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("`stream_options` needs `stream`: true", param="stream_options")
+    if body.use_beam_search and body.stream:
+        raise InvalidRequest("`use_beam_search` cannot be streamed: the best beam is known only at the end", param="stream")
     if body.prompt_logprobs is not None and body.stream:
         raise InvalidRequest("`prompt_logprobs` cannot be streamed", param="prompt_logprobs")
     if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= 1024:

@@ -97,7 +97,10 @@ BAD_COMPLETIONS = {
     "logprobs": [{"prompt": "a", "logprobs": 21}, {"prompt": "a", "logprobs": True}, {"prompt": "a", "logprobs": -2}],
     "best_of": [{"prompt": "a", "best_of": 1, "n": 2}, {"prompt": "a", "best_of": 3, "stream": True}],
     "suffix": [{"prompt": "a", "suffix": "end"}],
-    "use_beam_search": [{"prompt": "a", "use_beam_search": True}],
+    "stream": [{"prompt": "a", "use_beam_search": True, "stream": True}],
+    "typical_p": [{"prompt": "a", "typical_p": 0}],
+    "mirostat_mode": [{"prompt": "a", "mirostat_mode": 1}],
+    "vllm_xargs": [{"prompt": "a", "vllm_xargs": [1]}],
 }  # fmt: skip
 
 
