@@ -66,6 +66,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     disable_additional_properties: bool = False  # objects without `additionalProperties` allow none
     whitespace_pattern: str | None = None  # regex of what may stand between the parts of JSON
     starts_after: list[int] = []  # the structure begins behind these tokens (the end of reasoning); empty: at once
+    opens_with: int | None = None  # with `starts_after`: only if the output's first token is this one, else at once
 
     def __post_init__(self) -> None:
         kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
@@ -223,6 +224,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     arrival_time: float = 0.0  # seconds, the client's monotonic clock
     grammar: str | None = None  # what the output must match, in the language of `structured/`
     grammar_starts_after: list[int] = []  # tokens of the output behind which the grammar begins; empty: at once
+    grammar_opens_with: int | None = None  # with those: only if the output's first token is this one, else at once
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):

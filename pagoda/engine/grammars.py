@@ -47,6 +47,7 @@ class _Waiting(NamedTuple):
     future: Future[GuideMatcher]
     deadline: float
     starts_after: list[int]
+    opens_with: int | None
 
 
 class Grammars:
@@ -77,7 +78,7 @@ class Grammars:
         self._cache.move_to_end(key)
         for sample in samples:
             sample.state = RequestState.WAITING_GRAMMAR
-        self._waiting.append(_Waiting(samples, future, self._clock() + self._seconds, request.grammar_starts_after))
+        self._waiting.append(_Waiting(samples, future, self._clock() + self._seconds, request.grammar_starts_after, request.grammar_opens_with))
 
     def poll(self, seconds: float) -> list[Compiled]:
         """Requests whose grammar is there, or has failed; waits up to `seconds` for the first."""
@@ -100,7 +101,7 @@ class Grammars:
             known = isinstance(error, RequestError)
             return Compiled(samples, error if known else RequestFailed(f"the grammar cannot be compiled: {type(error).__name__}: {error}"))  # type: ignore[arg-type]
         for sample in samples:
-            sample.guide = Guide(item.future.result().copy(), item.starts_after)
+            sample.guide = Guide(item.future.result().copy(), item.starts_after, item.opens_with)
         return Compiled(samples, None)
 
     # ---- masks
@@ -108,7 +109,7 @@ class Grammars:
     def begin(self, step: Step) -> None:
         """Starts on the masks of a step about to be launched."""
         rows = [
-            (row.slot, row.req.guide.matcher)
+            (row.slot, row.req.guide)
             for row in step.rows
             if row.req.guide is not None and row.req.guide.is_on and row.begin + row.num_planned == row.req.num_tokens_total
         ]
@@ -126,5 +127,5 @@ class Grammars:
         self._mask_pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _fill(rows: list[tuple[int, GuideMatcher]]) -> Masks:
-    return Masks(slots=[slot for slot, _ in rows], words=b"".join([matcher.mask() for _, matcher in rows]))
+def _fill(rows: list[tuple[int, Guide]]) -> Masks:
+    return Masks(slots=[slot for slot, _ in rows], words=b"".join([guide.mask() for _, guide in rows]))

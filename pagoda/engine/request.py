@@ -58,20 +58,35 @@ class GuideMatcher(Protocol):
 
 
 class Guide:
-    """One sample's grammar. `is_on` from the start, or from behind the tokens that end its reasoning."""
+    """One sample's grammar. It holds from the start, or from behind the tokens that end its reasoning.
 
-    __slots__ = ("_is_next", "_starts_after", "_tail", "is_on", "matcher")
+    With `opens_with` reasoning is the sample's choice: its first token is that one, or one that the grammar allows.
+    """
 
-    def __init__(self, matcher: GuideMatcher, starts_after: list[int]) -> None:
-        self.matcher = matcher
-        self.is_on = not starts_after
+    __slots__ = ("_is_first", "_matcher", "_opens_with", "_starts_after", "_tail", "is_on")
+
+    def __init__(self, matcher: GuideMatcher, starts_after: list[int], opens_with: int | None = None) -> None:
+        self._matcher = matcher
         self._starts_after = starts_after
+        self._opens_with = opens_with if starts_after else None
+        self.is_on = not starts_after or self._opens_with is not None
+        self._is_first = True
         self._tail: list[int] = []
+
+    def mask(self) -> bytes:
+        """What may come next; only while `is_on`."""
+        bits = self._matcher.mask()
+        if self._opens_with is None or not self._is_first:
+            return bits
+        place, bit = divmod(self._opens_with, 8)
+        return bits[:place] + bytes([bits[place] | 1 << bit]) + bits[place + 1 :]
 
     def accept(self, token_id: int) -> str | None:
         """The sample's next token. What is wrong with it, if something is."""
-        if self.is_on:
-            return self.matcher.accept(token_id)
+        is_opening = self._is_first and token_id == self._opens_with
+        self._is_first = False
+        if self.is_on and not is_opening:
+            return self._matcher.accept(token_id)
         self._tail = [*self._tail, token_id][-len(self._starts_after) :]
         self.is_on = self._tail == self._starts_after
         return None

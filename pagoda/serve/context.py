@@ -32,6 +32,10 @@ class TokenizerLike(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
+    special_ids: frozenset[int]
+
+    def token_to_id(self, token: str) -> int | None: ...
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
     def token_str(self, token_id: int) -> str: ...
@@ -82,6 +86,8 @@ class ModelContext:
     template: ChatTemplateLike | None
     default_params: dict[str, Any] = field(default_factory=dict)  # the server's sampling defaults
     response_role: str = "assistant"
+    tool_format: str | None = None  # names of `text/message.py`
+    reasoning_format: str | None = None
     created: int = 0  # seconds since 1970, shown by /v1/models
     cache_facts: dict[str, object] = field(default_factory=dict)  # labels of the metric cache_config_info
 

@@ -19,6 +19,7 @@ from pagoda.serve.context import ModelContext
 from pagoda.serve.generation import Call
 from pagoda.serve.logprobs import ChatLogprobs, PromptLogprob, TokenNamer, chat_logprobs, prompt_logprobs
 from pagoda.serve.sse import DONE, event
+from pagoda.serve.tools import FunctionCall, ToolCall, ToolCallDelta, ToolPlan, call_id, guided, plan_tools
 from pagoda.serve.wire import (
     GenerationFields,
     Int,
@@ -85,6 +86,8 @@ class AnswerMessage(msgspec.Struct, kw_only=True):
     role: str
     content: str | None
     refusal: str | None = None
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -111,6 +114,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(msgspec.Struct, kw_only=True):
@@ -191,21 +196,26 @@ def parse(raw: bytes, given_id: str | None, context: ModelContext) -> Call:
     body, warnings = decode_body(raw, ChatCompletionRequest)
     context.check_model(body.model)
     check_common(body)
-    _check_features(body, warnings)
+    _check_features(body)
+    plan = plan_tools(body, context, warnings)
     logprobs = _num_logprobs(body, context)
     extra = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     text, token_ids = chat_prompt(body, context, **extra)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    wanted = structured_outputs(body)
+    wanted = plan.grammar or structured_outputs(body)
     warnings += structured_warnings(wanted)
-    changes = {"logprobs": logprobs, "structured_outputs": wanted, **({} if max_tokens is None else {"max_tokens": max_tokens})}
+    if wanted is not None:
+        wanted = guided(wanted, plan, text, context)
+    changes: dict[str, Any] = {"logprobs": logprobs, "structured_outputs": wanted, **({} if max_tokens is None else {"max_tokens": max_tokens})}
+    if _sees_special(plan, context):
+        changes["skip_special_tokens"] = False
     params = sampling_params(body, {"max_tokens": None, **context.default_params}, **changes)
     response_id = f"chatcmpl-{given_id or body.request_id or uuid.uuid4().hex}"
     return Call(
         response_id=response_id,
         prompts=[{"prompt_token_ids": token_ids, "prompt": text}],
         params=params,
-        renderer=ChatRenderer(response_id, body, context),
+        renderer=ChatRenderer(response_id, body, context, plan, text),
         stream=bool(body.stream),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
@@ -213,22 +223,13 @@ def parse(raw: bytes, given_id: str | None, context: ModelContext) -> Call:
     )
 
 
-def _check_features(body: ChatCompletionRequest, warnings: list[str]) -> None:
-    if body.tools is not None and not body.tools:
-        raise InvalidRequest("`tools` must not be an empty list; leave it out instead", param="tools")
-    choice = body.tool_choice
-    if choice not in (None, "none", "auto"):
-        raise InvalidRequest("`tool_choice` other than `none` and `auto` is not supported by this version of Pagoda", param="tool_choice", code="unsupported")
-    if choice == "auto" and not body.tools:
-        raise InvalidRequest("`tool_choice` needs `tools`", param="tool_choice")
-    if body.tools and choice != "none":
-        warnings.append("tool calls come as text: this version does not parse them")
-    if body.include_reasoning is False:
-        raise InvalidRequest(
-            "`include_reasoning`: false is not supported by this version of Pagoda: reasoning is not told from the answer",
-            param="include_reasoning",
-            code="unsupported",
-        )
+def _sees_special(plan: ToolPlan, context: ModelContext) -> bool:
+    """Whether the markers that the parsers look for are special tokens of this model, which are skipped otherwise."""
+    tokenizer = context.tokenizer
+    return any(tokenizer.token_to_id(marker) in tokenizer.special_ids for marker in plan.format.markers)
+
+
+def _check_features(body: ChatCompletionRequest) -> None:
     if body.modalities is not None and body.modalities != ["text"]:
         raise InvalidRequest("`modalities` other than text are not supported by this version of Pagoda", param="modalities", code="unsupported")
 
@@ -248,7 +249,7 @@ def _num_logprobs(body: ChatCompletionRequest, context: ModelContext) -> int | N
 class ChatRenderer:
     """Engine outputs -> OpenAI's chat objects."""
 
-    def __init__(self, response_id: str, body: ChatCompletionRequest, context: ModelContext) -> None:
+    def __init__(self, response_id: str, body: ChatCompletionRequest, context: ModelContext, plan: ToolPlan, prompt: str) -> None:
         self._id, self._created, self._model = response_id, int(time.time()), context.model_names[0]
         self._role = context.response_role
         self._num_samples = body.n or 1
@@ -262,6 +263,9 @@ class ChatRenderer:
         self._prompt_token_ids: list[int] = []
         self._num_cached = 0
         self._num_generated = 0
+        self._parsers = [plan.format.parser(prompt, plan.schemas) for _ in range(self._num_samples)]
+        self._has_reasoning = body.include_reasoning is not False
+        self._tool_format = context.tool_format
 
     def whole(self, outputs: list[RequestOutput]) -> bytes:
         output = outputs[0]
@@ -288,9 +292,15 @@ class ChatRenderer:
         self._note(output)
         chunks = []
         for sample in output.outputs:
-            if not (sample.text or sample.finish_reason or (sample.token_ids and (self._has_logprobs or self._has_token_ids))):
-                continue  # a character or a possible stop string is still incomplete
-            choice = ChunkChoice(index=sample.index, delta=Delta(content=sample.text), logprobs=self._logprobs(sample), finish_reason=sample.finish_reason)
+            delta = self._delta(sample)
+            if delta is None and not (sample.finish_reason or (sample.token_ids and (self._has_logprobs or self._has_token_ids))):
+                continue  # a character, a possible stop string or a call's marker is still incomplete
+            choice = ChunkChoice(
+                index=sample.index,
+                delta=delta or Delta(content="" if self._parsers[sample.index].num_calls == 0 else None),
+                logprobs=self._logprobs(sample),
+                finish_reason=self._finish_reason(sample),
+            )
             if sample.finish_reason is not None:
                 choice.stop_reason = sample.stop_reason
             if self._has_token_ids:
@@ -324,14 +334,50 @@ class ChatRenderer:
         )
 
     def _choice(self, sample: CompletionOutput) -> ChatChoice:
+        delta = self._delta(sample) or Delta()
+        content = self._echo + (delta.content or "")
+        message = AnswerMessage(role=self._role, content=content if content or not (delta.tool_calls or delta.reasoning) else None)
+        if delta.reasoning is not None:
+            message.reasoning = delta.reasoning
+        if delta.tool_calls:
+            message.tool_calls = [ToolCall(id=call.id or "", function=call.function) for call in delta.tool_calls]
         return ChatChoice(
             index=sample.index,
-            message=AnswerMessage(role=self._role, content=self._echo + sample.text),
+            message=message,
             logprobs=self._logprobs(sample),
-            finish_reason=sample.finish_reason,
+            finish_reason=self._finish_reason(sample),
             stop_reason=sample.stop_reason,
             token_ids=sample.token_ids if self._has_token_ids else msgspec.UNSET,
         )
+
+    def _finish_reason(self, sample: CompletionOutput) -> str | None:
+        """Calls are told by the reason, too; what was cut off or aborted stays that."""
+        return "tool_calls" if sample.finish_reason == "stop" and self._parsers[sample.index].num_calls else sample.finish_reason
+
+    def _delta(self, sample: CompletionOutput) -> Delta | None:
+        """What the new text of a sample adds to its message; None where that is not known yet."""
+        parser = self._parsers[sample.index]
+        parts = parser.feed(sample.text)
+        if sample.finish_reason is not None:
+            parts = [*parts, *parser.close()]
+        delta, calls, is_empty = Delta(), dict[int, ToolCallDelta](), True
+        for part in parts:
+            if part.kind == "reasoning" and not self._has_reasoning:
+                continue
+            is_empty = False
+            if part.kind == "content":
+                delta.content = (delta.content or "") + part.text
+            elif part.kind == "reasoning":
+                delta.reasoning = (delta.reasoning or "") + part.text
+            elif part.kind == "call":
+                function = FunctionCall(name=part.text, arguments="")
+                calls[part.call_idx] = ToolCallDelta(index=part.call_idx, id=part.id or call_id(self._tool_format), type="function", function=function)
+            else:
+                call = calls.setdefault(part.call_idx, ToolCallDelta(index=part.call_idx, function=FunctionCall(arguments="")))
+                call.function.arguments = (call.function.arguments or "") + part.text
+        if calls:
+            delta.tool_calls = list(calls.values())
+        return None if is_empty else delta
 
     def _logprobs(self, sample: CompletionOutput) -> ChatLogprobs | None:
         if not self._has_logprobs:

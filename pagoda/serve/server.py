@@ -35,6 +35,7 @@ from pagoda.executor.process import EngineProcess, ProcessClient
 from pagoda.serve.app import build_app, routes
 from pagoda.serve.context import ModelContext, ServerState
 from pagoda.serve.metrics import StatsLog
+from pagoda.text.message import choose
 
 __all__ = ["Server", "announcement", "model_context", "run"]
 
@@ -179,6 +180,11 @@ def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> Model
     """What parsers may know, from the two halves of a loaded model."""
     m = info.config.model
     assert isinstance(m.max_model_len, int)
+    tools, reasoning = choose(
+        server.tool_call_parser if server.enable_auto_tool_choice else "none",
+        server.reasoning_parser,
+        {} if front.template is None else front.template.sources,
+    )
     return ModelContext(
         model_names=tuple(m.served_model_name) or (front.name,),
         model_path=str(front.path),
@@ -188,6 +194,8 @@ def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> Model
         template=front.template,
         default_params=sampling_defaults(front.generation_config),
         response_role=server.response_role,
+        tool_format=tools,
+        reasoning_format=reasoning,
         created=int(time.time()),
         cache_facts={
             **{key: value for key, value in asdict(info.config.cache).items() if value is not None},

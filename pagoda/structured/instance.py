@@ -86,7 +86,7 @@ def _fits_keyword(value: Any, key: str, schema: Mapping[str, Any], resolve: Reso
         return not is_number or _NUMBERS[key](value, wanted)
     if key in _SIZES:
         kind_, holds = _SIZES[key]
-        return type(value) is not kind_ or bool(holds(len(value), wanted))
+        return type(value) is not kind_ or bool(holds(len(value), wanted))  # type: ignore[arg-type]
     if key == "pattern":
         return not isinstance(value, str) or _searches(wanted, value)
     if key == "$ref":

@@ -40,6 +40,7 @@ class ChatTemplate:
         environment = _environment()
         self._templates = {name: _compile(environment, name, source) for name, source in sources.items()}
         self._content_format = {name: _content_format(environment, source) for name, source in sources.items()}
+        self.sources = dict(sources)
         self._special_tokens = dict(special_tokens)
 
     def render(

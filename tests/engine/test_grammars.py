@@ -86,11 +86,11 @@ class Rig(Harness):
         self.executor.sample = sample  # type: ignore[method-assign]
 
     def guided(self, request_id: str, grammar: str, prompt: int = 6, **more: Any) -> None:
-        starts_after = more.pop("starts_after", [])
+        starts_after, opens_with = more.pop("starts_after", []), more.pop("opens_with", None)
         params = SamplingParams(**{"max_tokens": 20, "seed": 1, **more})
         self.core.add(GenerateRequest(
             request_id=request_id, prompt_token_ids=[(3 * i) % VOCAB for i in range(prompt)], params=params, eos_token_ids=[EOS],
-            grammar=grammar, grammar_starts_after=starts_after,
+            grammar=grammar, grammar_starts_after=starts_after, grammar_opens_with=opens_with,
         ))  # fmt: skip
 
 
@@ -154,6 +154,16 @@ def test_it_begins_behind_the_end_of_reasoning() -> None:
     assert rig.tokens["a", 0] == [*reasoning, 1, 2, EOS]
 
 
+def test_reasoning_may_be_the_models_choice() -> None:
+    """The first mask allows the opening token beside the grammar's; the toy takes the highest bit."""
+    rig = Rig()
+    rig.guided("thinks", "1,2", starts_after=[0], opens_with=40, max_tokens=6)
+    rig.guided("answers", "45,2", starts_after=[0], opens_with=40, max_tokens=6)
+    rig.run()
+    assert rig.tokens["thinks", 0][0] == 40 and len(rig.tokens["thinks", 0]) == 6  # the toy model never ends the reasoning
+    assert rig.tokens["answers", 0] == [45, 2, EOS]
+
+
 def test_a_slow_grammar_holds_up_nobody() -> None:
     rig = Rig()
     rig.guided("slow", "slow:1,2")
@@ -212,7 +222,7 @@ def test_a_token_outside_the_grammar_fails_alone() -> None:
     while not rig.core._scheduler.running:
         rig.step()
     rig.add("free", 5)
-    rig.core._scheduler.running[0].guide.matcher.tokens[1] = 9  # type: ignore[union-attr, attr-defined]
+    rig.core._scheduler.running[0].guide._matcher.tokens[1] = 9  # type: ignore[union-attr, attr-defined]
     masks = ToyMatcher.mask
     try:
         ToyMatcher.mask = lambda self: (1 << 3).to_bytes((VOCAB + 31) // 32 * 4, "little")  # type: ignore[method-assign]

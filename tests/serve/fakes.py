@@ -47,6 +47,8 @@ def byte_tokenizer() -> Tokenizer:
 class PlainTemplate:
     """`role: content` lines; what it was given is kept for the test to see."""
 
+    sources: dict[str, str] = {}
+
     def __init__(self) -> None:
         self.last: dict[str, Any] = {}
 

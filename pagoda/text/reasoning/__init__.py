@@ -1,0 +1,1 @@
+"""Reasoning: what a model thinks aloud, told from what it answers."""

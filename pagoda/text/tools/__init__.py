@@ -1,0 +1,1 @@
+"""Tool calls: one incremental parser and a table of formats."""
