@@ -4,7 +4,8 @@ A slot is `block_id * block_size + offset`. Tokens are kept in groups of 16, the
 
     k float32   (num_blocks, num_kv_heads, block_size / 16, head_dim,     16)      one d of 16 keys side by side
     k bfloat16  (num_blocks, num_kv_heads, block_size / 16, head_dim / 2, 16, 2)   pairs of d, for the dot instruction
-    v           (num_blocks, num_kv_heads, block_size, head_dim)                   row-major by token
+    v float32   (num_blocks, num_kv_heads, block_size, head_dim)                   row-major by token
+    v bfloat16  (num_blocks, num_kv_heads, block_size / 2, head_dim, 2)            pairs of tokens, likewise
 
 so q.k is computed for 16 keys at once with no reduction, and p.v streams whole rows. Pages are touched when they are
 first written, so a plane may be larger than the memory used so far.
@@ -72,6 +73,8 @@ def allocate_kv_plane(
     kind = DTYPES[dtype]
     groups = (num_blocks, num_kv_heads, block_size // LANES)
     k_shape = (*groups, head_dim, LANES) if dtype == "float32" else (*groups, head_dim // 2, LANES, 2)
+    rows = (num_blocks, num_kv_heads, block_size)
+    v_shape = (*rows, head_dim) if dtype == "float32" else (*rows[:2], block_size // 2, head_dim, 2)
     return KvPlane(
         dtype=dtype,
         block_size=block_size,
@@ -79,7 +82,7 @@ def allocate_kv_plane(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         k=_zeros(k_shape, kind),
-        v=_zeros((num_blocks, num_kv_heads, block_size, head_dim), kind),
+        v=_zeros(v_shape, kind),
     )
 
 
@@ -94,11 +97,19 @@ def keys_by_token(plane: KvPlane, block_ids: np.ndarray) -> np.ndarray:
     return np.reshape(k, shape)
 
 
+def values_by_token(plane: KvPlane, block_ids: np.ndarray) -> np.ndarray:
+    """Values of whole blocks -> (blocks, num_kv_heads, block_size, head_dim) in the plane's type."""
+    v = plane.v[block_ids]
+    if plane.dtype == "bfloat16":  # (n, H, B/2, D, 2) -> (n, H, B/2, 2, D)
+        v = np.moveaxis(v, 4, 3)
+    return v.reshape(len(block_ids), plane.num_kv_heads, plane.block_size, plane.head_dim)
+
+
 def read_tokens(plane: KvPlane, block_ids: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """The first `num_tokens` keys and values of a sequence -> two float32 (num_tokens, num_kv_heads, head_dim)."""
     ids = np.asarray(block_ids)[: -(-num_tokens // plane.block_size)]
     sides = []
-    for x in (keys_by_token(plane, ids), plane.v[ids]):
+    for x in (keys_by_token(plane, ids), values_by_token(plane, ids)):
         rows = x.astype(np.float32).transpose(0, 2, 1, 3).reshape(-1, plane.num_kv_heads, plane.head_dim)
         sides.append(rows[:num_tokens])
     return sides[0], sides[1]

@@ -71,6 +71,11 @@ PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) { return _mm512_dpwssd_
 PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
 #endif
 
+#if defined(__AVX512BF16__)
+#define PG_HAS_STORE_BF16   // else kernels/math.h has one
+PG_INLINE void store_bf16(uint16_t* p, f32x16 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+#endif
+
 // acc + w[0] x[0] + w[1] x[1] per lane: w pairs of bfloat16, x one pair for all lanes.
 #if defined(__AVX512BF16__)
 PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {

@@ -4,25 +4,62 @@
 // m % G of the group of G. A task is some consecutive rows of one (sequence, key-value head); they share each read of
 // K and V. Keys are walked in tiles of 64 at absolute positions 0, 64, 128, ... with an online softmax:
 //
-//     s = scale * q.k, capped, -inf where not seen;   m' = max(m, s);   p = exp(s - m')
-//     l = l * exp(m - m') + p  (16 lanes);            o = o * exp(m - m') + p v,  key after key
+//     s = (scale * q).k, capped, -inf where not seen;   m' = max(m, s);   p = exp(s - m')
+//     l = l * exp(m - m') + p  (16 lanes);              o = o * exp(m - m') + p v,  key after key
 //
+// With a bfloat16 cache q and p are bfloat16 too and both products are dot instructions: values lie in pairs of keys, as
+// keys lie in pairs of d. The weights that are summed in l are the rounded ones.
 // A row's numbers depend on its own keys only: a key it does not see adds p = 0, a tile it does not see leaves m, l
 // and o as they are, bit for bit. So prefill, chunks and decode agree. Keys outside the rows' range are not read, for
 // they may belong to nobody.
 #pragma once
 
-PG_INLINE f32x16 load_values(const float* p, int64_t n) { return load_some(p, n); }
-PG_INLINE f32x16 load_values(const uint16_t* p, int64_t n) {
-    if (n == 16) return load_bf16(p);
-    uint16_t t[16] = {};
-    for (int64_t i = 0; i < n; ++i) t[i] = p[i];
-    return load_bf16(t);
+// exp(x) for x <= 0 to about 5e-5, an eighth of what rounding to bfloat16 then loses; 0 below -87.
+PG_INLINE f32x16 vexp_short(f32x16 x) {
+    const f32x16 magic = set1(12582912.0f);   // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    f32x16 shifted = fma(max(x, set1(-87.0f)), set1(1.44269504088896341f), magic);
+    f32x16 r = fma(sub(shifted, magic), set1(-0.693147180559945f), max(x, set1(-87.0f)));
+    f32x16 p = fma(fma(fma(fma(set1(0.0416666667f), r, set1(0.166666667f)), r, set1(0.5f)), r, set1(1.0f)), r, set1(1.0f));
+    f32x16 y = unbits(iadd(bits(p), shift_left<23>(bits(shifted))));
+    return select_lt(x, set1(-87.0f), zero(), y);
 }
 
-template <class Panels>
+// What depends on the type of the cache. `w` are the weights of a row of queries, as the product with values reads them.
+struct F32Cache {
+    using Panels = F32Panels;
+    using Element = float;
+    static constexpr int kPair = 1;
+    PG_INLINE f32x16 weights(f32x16 x, float* w) {
+        f32x16 p = vexp(x);
+        store(w, p);
+        return p;
+    }
+    PG_INLINE f32x16 load_values(const float* v, int64_t n) { return load_some(v, n); }
+    PG_INLINE f32x16 weigh(f32x16 acc, f32x16 v, const float* w) { return fma(set1(*w), v, acc); }
+};
+
+struct Bf16Cache {
+    using Panels = Bf16Panels;
+    using Element = uint16_t;
+    static constexpr int kPair = 2;
+    PG_INLINE f32x16 weights(f32x16 x, uint16_t* w) {
+        store_bf16(w, vexp_short(x));
+        return load_bf16(w);
+    }
+    PG_INLINE u8x64 load_values(const uint16_t* v, int64_t n) {   // [dim][2]
+        if (n == 16) return load_bytes(v);
+        uint16_t t[32] = {};
+        for (int64_t i = 0; i < 2 * n; ++i) t[i] = v[i];
+        return load_bytes(t);
+    }
+    PG_INLINE f32x16 weigh(f32x16 acc, u8x64 v, const uint16_t* w) { return dot_bf16(acc, v, w); }
+};
+
+template <class Kind>
 struct Attention {
-    using Element = typename Panels::Element;
+    using Panels = typename Kind::Panels;
+    using Element = typename Kind::Element;
+    static constexpr int kPair = Kind::kPair;
     static constexpr int kRows = 24, kKeys = 64, kGroups = kKeys / 16;
 
     const Call& c;
@@ -31,7 +68,7 @@ struct Attention {
     const float scale, cap;
 
     // Scratch of one thread.
-    Element* q;                    // [kRows][dim], in the cache's type
+    Element *q, *w;                // [kRows][dim] scaled queries, [kRows][64] weights, in the cache's type
     float *o, *s, *l, *m;          // [kRows][dim], [kRows][64], [kRows][16], [kRows]
     int64_t *from, *to;            // [kRows] keys a row sees
     const char* keys[kGroups];     // of the current tile
@@ -42,7 +79,7 @@ struct Attention {
     const char* next_keys[kGroups];
     const Element* next_values[kGroups];
 
-    static int64_t thread_bytes(int64_t dim) { return round_up(kRows * (dim * 8 + kKeys * 4 + 64 + 4 + 16), 64); }
+    static int64_t thread_bytes(int64_t dim) { return round_up(kRows * (dim * 8 + kKeys * 8 + 64 + 4 + 16), 64); }
 
     Attention(const Call& call, int tid)
         : c(call), cache(Cache::of(&call.t[1], &call.t[2], call.i)), group(call.t[0].cols / (cache.heads * cache.dim)),
@@ -54,7 +91,8 @@ struct Attention {
         from = (int64_t*)(l + kRows * 16);
         to = from + kRows;
         m = (float*)(to + kRows);
-        q = (Element*)(m + kRows);
+        w = (Element*)(m + kRows);
+        q = w + kRows * kKeys;
     }
 
     void run(int num_threads) {
@@ -117,8 +155,12 @@ struct Attention {
         }
     }
 
-    void load_query(const float* x, float* y) { memcpy(y, x, size_t(cache.dim) * 4); }
-    void load_query(const float* x, uint16_t* y) { row_to_bf16(x, y, cache.dim); }
+    void load_query(const float* x, float* y) {
+        for (int64_t d = 0; d < cache.dim; ++d) y[d] = scale * x[d];
+    }
+    void load_query(const float* x, uint16_t* y) {
+        for (int64_t d = 0; d < cache.dim; ++d) y[d] = to_bf16(scale * x[d]);
+    }
 
     bool find_pages(int64_t sequence, int64_t head, int64_t base, int64_t begin, int64_t end) {
         const int32_t* table = row<int32_t>(c.t[3], sequence);
@@ -128,7 +170,7 @@ struct Attention {
                 report(c, "attention: a block table entry is outside the cache");
                 return false;
             }
-            int64_t element = cache.row_at(block, head, key % cache.block_size);
+            int64_t element = cache.row_at(block, head, key % cache.block_size);   // a group of 16: where pairs begin, too
             keys[g] = (const char*)(static_cast<const Element*>(cache.k->data) + element);
             values[g] = static_cast<const Element*>(cache.v->data) + element;
         }
@@ -185,12 +227,13 @@ struct Attention {
     // Scores of row a in groups [begin, end) -> weights; updates the row's maximum, sum and output.
     void soften(int a, int64_t base, int begin, int end) {
         f32x16 most = set1(-INFINITY);
+        const bool sees_all = from[a] <= base + 16 * begin && to[a] >= base + 16 * end;
         for (int g = begin; g < end; ++g) {
             float* at = s + a * kKeys + 16 * g;
-            f32x16 v = mul(load(at), set1(scale));
+            f32x16 v = load(at);
             if (cap > 0) v = mul(set1(cap), vtanh(div(v, set1(cap))));
-            v = keep_lanes(v, from[a] - base - 16 * g, to[a] - base - 16 * g, set1(-INFINITY));
-            store(at, v);
+            if (!sees_all) v = keep_lanes(v, from[a] - base - 16 * g, to[a] - base - 16 * g, set1(-INFINITY));
+            if (cap > 0 || !sees_all) store(at, v);
             most = max(v, most);
         }
         float top = reduce_max(most);
@@ -205,10 +248,8 @@ struct Attention {
         }
         f32x16 sum = load(l + 16 * a), peak = set1(m[a]);
         for (int g = begin; g < end; ++g) {
-            float* at = s + a * kKeys + 16 * g;
-            f32x16 p = vexp(sub(load(at), peak));
-            store(at, p);
-            sum = add(sum, p);
+            const int at = a * kKeys + 16 * g;
+            sum = add(sum, Kind::weights(sub(load(s + at), peak), w + at));
         }
         store(l + 16 * a, sum);
     }
@@ -219,21 +260,31 @@ struct Attention {
         f32x16 acc[kR][kC];
         for (int b = 0; b < kR; ++b)
             for (int p = 0; p < kC; ++p) acc[b][p] = load_some(o + (a + b) * dim + d + 16 * p, n);
-        for (int64_t j = begin; j < end; ++j) {
-            const Element* v = values[j / 16] + (j % 16) * dim + d;
+        int64_t j = begin / kPair * kPair;
+        for (; j + kPair <= end; j += kPair) {
+            const Element* v = values[j / 16] + j % 16 * dim + d * kPair;
             if constexpr (kFetch) {
-                const char* next = (const char*)(next_values[j / 16] + (j % 16) * dim + d);
-                for (int64_t at = 0; at < kC * 16 * int64_t(sizeof(Element)); at += 64) __builtin_prefetch(next + at, 0, 2);
+                const char* next = (const char*)(next_values[j / 16] + j % 16 * dim + d * kPair);
+                for (int p = 0; p < kC; ++p) __builtin_prefetch(next + 64 * p, 0, 2);
             }
-            f32x16 column[kC];
-            for (int p = 0; p < kC; ++p) column[p] = load_values(v + 16 * p, n);
+            decltype(Kind::load_values(v, n)) column[kC];
+            for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, n);
 #pragma GCC unroll 8
-            for (int b = 0; b < kR; ++b) {
-                f32x16 weight = set1(s[(a + b) * kKeys + j]);
+            for (int b = 0; b < kR; ++b)
 #pragma GCC unroll 4
-                for (int p = 0; p < kC; ++p) acc[b][p] = fma(weight, column[p], acc[b][p]);
-            }
+                for (int p = 0; p < kC; ++p) acc[b][p] = Kind::weigh(acc[b][p], column[p], w + (a + b) * kKeys + j);
         }
+        if constexpr (kPair == 2)
+            if (j < end) {   // the other key of the last pair belongs to nobody yet: shifted out, whatever it holds
+                const Element* v = values[j / 16] + j % 16 * dim + d * kPair;
+                for (int p = 0; p < kC; ++p) {
+                    u8x64 alone = shift_left<16>(Kind::load_values(v + 32 * p, n));
+                    for (int b = 0; b < kR; ++b) {
+                        const uint16_t pair[2] = {0, w[(a + b) * kKeys + j]};
+                        acc[b][p] = Kind::weigh(acc[b][p], alone, pair);
+                    }
+                }
+            }
         for (int b = 0; b < kR; ++b)
             for (int p = 0; p < kC; ++p) {
                 float* y = o + (a + b) * dim + d + 16 * p;
@@ -261,9 +312,9 @@ struct Attention {
 
 struct attention_op {
     static int phases(const Call&, int) { return 1; }
-    static int64_t scratch(const Call& c, int num_threads) { return num_threads * Attention<F32Panels>::thread_bytes(c.i[2]); }
+    static int64_t scratch(const Call& c, int num_threads) { return num_threads * Attention<F32Cache>::thread_bytes(c.i[2]); }
     static void run(const Call& c, int, int tid, int num_threads) {
-        if (c.t[1].dtype == PG_BF16) Attention<Bf16Panels>(c, tid).run(num_threads);
-        else Attention<F32Panels>(c, tid).run(num_threads);
+        if (c.t[1].dtype == PG_BF16) Attention<Bf16Cache>(c, tid).run(num_threads);
+        else Attention<F32Cache>(c, tid).run(num_threads);
     }
 };

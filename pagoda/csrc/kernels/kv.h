@@ -6,7 +6,8 @@ struct Cache {
     int64_t block_size, heads, dim, blocks;
 
     PG_INLINE Cache of(const pg_tensor* k, const pg_tensor* v, const int64_t* i) { return {k, v, i[0], i[1], i[2], i[3]}; }
-    // The first element of a page's row of values; keys of a group of 16 start where the group's first row would.
+    // The first element of a page's row of values, were rows apart; groups of 16 keys start where their first row would,
+    // and so do pairs of values.
     int64_t row_at(int64_t block, int64_t head, int64_t offset) const { return ((block * heads + head) * block_size + offset) * dim; }
 };
 
@@ -30,7 +31,8 @@ struct kv_write_op : SimpleOp {
                     if (cache.k->dtype == PG_BF16) {
                         uint16_t* to = static_cast<uint16_t*>(cache.k->data) + key_at + 2 * lane;
                         for (int64_t d = 0; d < cache.dim; ++d) to[32 * (d / 2) + d % 2] = to_bf16(k[d]);
-                        row_to_bf16(v, static_cast<uint16_t*>(cache.v->data) + value_at, cache.dim);
+                        uint16_t* pair = static_cast<uint16_t*>(cache.v->data) + value_at - lane % 2 * cache.dim + lane % 2;
+                        for (int64_t d = 0; d < cache.dim; ++d) pair[2 * d] = to_bf16(v[d]);
                     } else {
                         float* to = static_cast<float*>(cache.k->data) + key_at + lane;
                         for (int64_t d = 0; d < cache.dim; ++d) to[16 * d] = k[d];

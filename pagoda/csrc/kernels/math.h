@@ -64,6 +64,18 @@ PG_INLINE float from_bf16(uint16_t h) {
     return x;
 }
 
+// Sixteen numbers that are neither NaN nor denormal, to the nearest, ties to even.
+#if !defined(PG_HAS_STORE_BF16)
+PG_INLINE void store_bf16(uint16_t* to, f32x16 v) {
+    float t[16];
+    uint32_t u[16];
+    store(t, v);
+    __builtin_memcpy(u, t, sizeof u);
+    for (int i = 0; i < 16; ++i) to[i] = uint16_t((u[i] + 0x7fffu + ((u[i] >> 16) & 1)) >> 16);
+}
+#endif
+#undef PG_HAS_STORE_BF16
+
 static inline void row_to_bf16(const float* __restrict x, uint16_t* __restrict y, int64_t n) {
     for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
 }

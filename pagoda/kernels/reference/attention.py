@@ -24,11 +24,13 @@ def kv_write(k_TD: Array, v_TD: Array, cache: KvPlane, slots_T: Array) -> None:
     kind = DTYPES[cache.dtype]
     heads = (-1, cache.num_kv_heads, cache.head_dim)
     k = np.asarray(k_TD)[kept].reshape(heads).astype(kind)
-    cache.v[block, :, offset, :] = np.asarray(v_TD)[kept].reshape(heads).astype(kind)
+    v = np.asarray(v_TD)[kept].reshape(heads).astype(kind)
     group, lane = np.divmod(offset, LANES)
     if cache.dtype == "bfloat16":
+        cache.v[block, :, offset // 2, :, offset % 2] = v
         cache.k[block, :, group, :, lane, :] = k.reshape(*k.shape[:2], -1, 2)
     else:
+        cache.v[block, :, offset, :] = v
         cache.k[block, :, group, :, lane] = k
 
 
