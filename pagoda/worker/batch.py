@@ -45,6 +45,42 @@ class StepRows:
     first_position_S: np.ndarray  # position of the token at the sequence's first logits row
 
 
+@dataclass(frozen=True)
+class DrawInputs:
+    """What `ops.sample` asks of every logits row. Rows that are not drawn, or not by the fused op alone, have temperature 0:
+    the cheapest answer, which nobody reads."""
+
+    temperature_R: np.ndarray
+    top_k_R: np.ndarray
+    top_p_R: np.ndarray
+    min_p_R: np.ndarray
+    seed_R: np.ndarray
+    position_R: np.ndarray
+
+    @staticmethod
+    def allocate(num_rows: int) -> DrawInputs:
+        kinds = (np.float32, np.int32, np.float32, np.float32, np.uint64, np.int64)
+        return DrawInputs(*(np.zeros(num_rows, kind) for kind in kinds))
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """In the order of the op's operands."""
+        return (self.temperature_R, self.top_k_R, self.top_p_R, self.min_p_R, self.seed_R, self.position_R)
+
+    def fill(self, table: RequestTable, slot_R: np.ndarray, is_drawn_R: np.ndarray | None) -> None:
+        """Rows belong to `slot_R`; `is_drawn_R` None: all are drawn."""
+        n = len(slot_R)
+        temperature_R = table.temperature_N[slot_R]
+        if is_drawn_R is not None:
+            temperature_R[~is_drawn_R] = 0
+        temperature_R[table.is_special_N[slot_R]] = 0
+        self.temperature_R[:n] = temperature_R
+        self.top_k_R[:n] = table.top_k_N[slot_R]
+        self.top_p_R[:n] = table.top_p_N[slot_R]
+        self.min_p_R[:n] = table.min_p_N[slot_R]
+        self.seed_R[:n] = table.seed_N[slot_R]
+        self.position_R[:n] = table.num_tokens_N[slot_R]
+
+
 class BatchBuilder:
     def __init__(self, sizes: Sizes, num_groups: int, block_size: int) -> None:
         self.sizes = sizes
@@ -57,6 +93,7 @@ class BatchBuilder:
         self.logits_idx_R = np.zeros(r, np.int32)
         self.tables_gSB = [np.zeros((s, sizes.max_blocks), np.int32) for _ in range(num_groups)]
         self.slots_gT = [np.zeros(t, np.int64) for _ in range(num_groups)]
+        self.draw = DrawInputs.allocate(r)
         self._last: StepRows | None = None  # the last step, if every row of it computed one token and was sampled
         self._last_slots: list[int] = []
 
@@ -106,6 +143,7 @@ class BatchBuilder:
         positions_T = self.positions_T[:n]
         positions_T += 1
         self.seq_lens_S[:n] += 1
+        self.draw.position_R[:n] += 1
         self.token_ids_T[:n] = table.tokens_NL[slots_S, positions_T]
         crossed = np.flatnonzero(positions_T % self._block_size == 0)
         for group, (out_SB, out_T) in enumerate(zip(self.tables_gSB, self.slots_gT, strict=True)):
@@ -149,7 +187,11 @@ class BatchBuilder:
         first_row_S = stops - count_S  # the rows wanted are a sequence's last ones
         if num_rows == num_seqs == num_sampled:
             self.logits_idx_R[:num_rows] = first_row_S
+            self.draw.fill(table, slots_S, None)
         else:
+            is_drawn_R = np.zeros(num_rows, np.bool_)
+            is_drawn_R[row_start_S1[1:][is_sampled_S] - 1] = True
+            self.draw.fill(table, np.repeat(slots_S, count_S), is_drawn_R)
             inside = np.arange(num_rows, dtype=np.int32) - np.repeat(row_start_S1[:-1], count_S)
             self.logits_idx_R[:num_rows] = np.repeat(first_row_S, count_S) + inside
         return StepRows(

@@ -1,4 +1,8 @@
-"""Record the forward once, replay it every step; or run it op by op where that cannot be done, and say so."""
+"""Record the forward once, replay it every step; or run it op by op where that cannot be done, and say so.
+
+The forward ends with the fused draw of every logits row. Its ids are the step's tokens unless a row needs more than that
+(`worker/sampler.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from pagoda.base.log import get_logger
+from pagoda.kernels import ops
 from pagoda.kernels.record import CannotRecord, Recorder
 from pagoda.layers.batch import Batch, GroupBatch
 from pagoda.models.decoder import Model
@@ -20,12 +25,12 @@ log = get_logger(__name__)
 
 
 class Forward(Protocol):
-    """One forward pass: from the builder's arrays to logits. The result is valid until the next run."""
+    """One forward pass: from the builder's arrays to (logits_RV, drawn ids_R), valid until the next run."""
 
     name: str
     why: str
 
-    def run(self, rows: StepRows) -> np.ndarray: ...
+    def run(self, rows: StepRows) -> tuple[np.ndarray, np.ndarray]: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -41,11 +46,12 @@ class Recorded:
         recorder = Recorder(max_rows={"T": sizes.max_tokens, "S": sizes.max_seqs, "R": sizes.max_rows})
         batch = _symbolic(recorder, builder.whole(store))
         logits_RV = model.logits(model.forward(batch), batch)
-        self.program = recorder.finish(outputs=[logits_RV])
+        ids_R = ops.sample(logits_RV, *(recorder.input(array, rows="R") for array in builder.draw.arrays()))
+        self.program = recorder.finish(outputs=[logits_RV, ids_R])
 
-    def run(self, rows: StepRows) -> np.ndarray:
+    def run(self, rows: StepRows) -> tuple[np.ndarray, np.ndarray]:
         self.program.run(T=rows.num_tokens, S=rows.num_seqs, R=rows.num_rows)
-        return self.program.output(0)[: rows.num_rows]
+        return self.program.output(0), self.program.output(1)
 
     @property
     def nbytes(self) -> int:
@@ -78,13 +84,13 @@ class OpByOp:
     name: str = "op by op"
     nbytes: int = 0
 
-    def run(self, rows: StepRows) -> np.ndarray:
+    def run(self, rows: StepRows) -> tuple[np.ndarray, np.ndarray]:
         batch = self.builder.view(rows, self.store)
         hidden_TD = self.model.forward(batch)
         if rows.num_rows == 0:
-            return np.empty((0, 0), np.float32)
-        logits: np.ndarray = self.model.logits(hidden_TD, batch)
-        return logits
+            return np.empty((0, 0), np.float32), np.empty(0, np.int32)
+        logits_RV = self.model.logits(hidden_TD, batch)
+        return logits_RV, ops.sample(logits_RV, *(array[: rows.num_rows] for array in self.builder.draw.arrays()))
 
 
 def make_forward(model: Model, builder: BatchBuilder, store: KvStore, *, eager: bool, native: bool) -> Forward:

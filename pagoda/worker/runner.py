@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,11 +17,22 @@ from pagoda.worker.table import RequestTable
 __all__ = ["Runner"]
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step between its two halves."""
+
+    step: int
+    rows: StepRows | None = None
+    logits_RV: np.ndarray | None = None
+    drawn_R: np.ndarray | None = None
+    seconds: float = 0.0
+
+
 class Runner:
     def __init__(self, table: RequestTable, builder: BatchBuilder, forward: Forward, store: KvStore) -> None:
         self.table, self.builder, self._forward, self._store = table, builder, forward, store
         self._sampler = Sampler()
-        self._step: tuple[int, StepRows | None, np.ndarray | None, float] | None = None
+        self._step: _Launched | None = None
 
     @property
     def mode(self) -> tuple[str, str]:
@@ -35,21 +47,22 @@ class Runner:
         if plan.copies:
             self._store.copy(plan.copies)
         if not plan.scheduled:
-            self._step = (plan.step, None, None, 0.0)
+            self._step = _Launched(plan.step)
             return
         rows = self.builder.build(plan, self.table)
-        logits_RV = self._forward.run(rows)
-        self._step = (plan.step, rows, logits_RV, time.perf_counter() - started)
+        logits_RV, drawn_R = self._forward.run(rows)
+        self._step = _Launched(plan.step, rows, logits_RV, drawn_R, time.perf_counter() - started)
 
     def sample(self, step: int, masks: Masks | None = None) -> StepResult:
         """The late half: draws the tokens of the step that `forward` ran."""
-        assert self._step is not None and self._step[0] == step, f"step {step} was not run"
-        (_, rows, logits_RV, seconds), self._step = self._step, None
-        if rows is None or logits_RV is None:
+        launched, self._step = self._step, None
+        assert launched is not None and launched.step == step, f"step {step} was not run"
+        if launched.rows is None or launched.logits_RV is None:
             return StepResult(step=step)
         started = time.perf_counter()
-        found = self._sampler.sample(logits_RV, rows, self.table, masks)
-        return StepResult(step=step, rows=found, forward_seconds=seconds, sample_seconds=time.perf_counter() - started)
+        found = self._sampler.sample(launched.logits_RV, launched.rows, self.table, masks, launched.drawn_R)
+        seconds = time.perf_counter() - started
+        return StepResult(step=step, rows=found, forward_seconds=launched.seconds, sample_seconds=seconds)
 
     def abandon(self) -> None:
         """Forgets a step whose forward failed, so that the next plan can run."""

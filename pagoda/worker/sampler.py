@@ -38,8 +38,18 @@ class Sampler:
     def __init__(self) -> None:
         self._mirostat = Mirostat()
 
-    def sample(self, logits_RV: np.ndarray, rows: StepRows, table: RequestTable, masks: Masks | None = None) -> list[StepRow]:
-        """One StepRow per sequence of the batch. Changes `logits_RV`; appends sampled tokens to the table."""
+    def sample(
+        self,
+        logits_RV: np.ndarray,
+        rows: StepRows,
+        table: RequestTable,
+        masks: Masks | None = None,
+        drawn_R: np.ndarray | None = None,
+    ) -> list[StepRow]:
+        """One StepRow per sequence of the batch. Changes `logits_RV`; appends sampled tokens to the table.
+
+        `drawn_R` are the ids the forward drew of all rows; they are taken when no row needs more than the fused draw.
+        """
         results = [StepRow(slot=slot) for slot in rows.slots_S.tolist()]
         if rows.num_rows == 0:
             return results
@@ -54,12 +64,14 @@ class Sampler:
             row_R, slots = rows.row_start_S1[chosen_S + 1] - 1, rows.slots_S[chosen_S]
             picked = logits_RV if rows.num_sampled == rows.num_rows else None
         raw = _Raw()
-        if masks or table.is_special_N[slots].any():
+        if drawn_R is not None and not masks and not table.is_special_N[slots].any():
+            ids = drawn_R if picked is not None else drawn_R[row_R]
+        else:
             self._prepare(raw, logits_RV, row_R, slots, table, masks)
-        ids = ops.sample(
-            logits_RV[row_R] if picked is None else picked, table.temperature_N[slots], table.top_k_N[slots],
-            table.top_p_N[slots], table.min_p_N[slots], table.seed_N[slots], table.num_tokens_N[slots].astype(np.int64),
-        )  # fmt: skip
+            ids = ops.sample(
+                logits_RV[row_R] if picked is None else picked, table.temperature_N[slots], table.top_k_N[slots],
+                table.top_p_N[slots], table.min_p_N[slots], table.seed_N[slots], table.num_tokens_N[slots].astype(np.int64),
+            )  # fmt: skip
         for i, (s, token) in enumerate(zip(chosen_S, ids.tolist(), strict=True)):
             result = results[s]
             if token < 0 or result.error or i in raw.errors:
@@ -180,12 +192,15 @@ def _processed(logits_V: np.ndarray, info: SlotInfo) -> np.ndarray:
     return copy_V
 
 
+_OF_BYTE_8 = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf).astype(np.float32)
+
+
 def apply_mask(logits_V: np.ndarray, masks: Masks, index: int) -> None:
-    """-inf where the grammar's bit is 0."""
-    num_words = (len(logits_V) + 31) // 32
-    words = np.frombuffer(masks.words, np.uint32, num_words, index * num_words * 4)
-    allowed_V = np.unpackbits(words.view(np.uint8), count=len(logits_V), bitorder="little").view(np.bool_)
-    np.putmask(logits_V, ~allowed_V, -np.inf)
+    """-inf where the grammar's bit is 0: eight numbers looked up per byte of the mask, and added."""
+    size = len(logits_V)
+    num_words = (size + 31) // 32
+    mask = np.frombuffer(masks.words, np.uint8, num_words * 4, index * num_words * 4)
+    logits_V += np.take(_OF_BYTE_8, mask, axis=0).reshape(-1)[:size]
 
 
 def top_logprobs(logits_V: np.ndarray, token: int, count: int, normalizer: float) -> TokenLogprobs:
