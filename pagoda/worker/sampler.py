@@ -106,6 +106,9 @@ class Sampler:
             if index is None and not table.is_special_N[slot]:
                 continue
             logits_V = logits_RV[row]
+            if index is not None and masks is not None and not table.is_special_N[slot]:
+                apply_mask(logits_V, masks, index)  # NaN and infinity stay NaN behind it, which the draw notices
+                continue
             if not ops.row_is_finite(logits_V[None])[0]:  # a mask would hide it
                 raw.errors[i] = NOT_FINITE
                 continue

@@ -86,6 +86,27 @@ def test_structured_output_over_http(server: str) -> None:
         client.completions.create(model=MODEL, prompt="x", extra_body={"structured_outputs": {"regex": "(a"}})
 
 
+def test_forced_tool_calls(server: str) -> None:
+    """Held by a grammar, so any model can make them; streamed and whole answers are the same."""
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"$ref": "#/$defs/days"}},
+              "required": ["city", "days"], "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}}}  # fmt: skip
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("weather", "hotels")]
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "Weather in Paris, 3 days?"}], "tools": tools, "temperature": 0}
+    for choice in ("required", {"type": "function", "function": {"name": "hotels"}}):
+        message = client.chat.completions.create(**asked, tool_choice=choice, parallel_tool_calls=False).choices[0]
+        assert message.finish_reason == "tool_calls" and len(message.message.tool_calls) == 1
+        call = message.message.tool_calls[0].function
+        arguments = json.loads(call.arguments)
+        assert arguments["city"] in ("Paris", "Rome") and 1 <= arguments["days"] <= 9
+        assert call.name in (("weather", "hotels") if choice == "required" else ("hotels",))
+        said = ["", ""]
+        for chunk in client.chat.completions.create(**asked, tool_choice=choice, parallel_tool_calls=False, stream=True):
+            for part in chunk.choices[0].delta.tool_calls or ():
+                said = [said[0] + (part.function.name or ""), said[1] + (part.function.arguments or "")]
+        assert said == [call.name, call.arguments]
+
+
 def test_the_capital_of_france(server: str) -> None:
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
     answer = client.chat.completions.create(
