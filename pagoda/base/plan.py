@@ -39,6 +39,7 @@ class NewRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     stop_ids: list[int] = []  # eos and stop token ids, which min_tokens forbids
     block_ids: list[list[int]]  # per KV group, everything allocated so far
     blobs: list[BlobRef] = []
+    is_guided: bool = False  # it has a grammar: masks will come with its samples
 
 
 class Scheduled(msgspec.Struct, array_like=True):

@@ -140,6 +140,7 @@ class Scheduler:
             params=params,
             stop_ids=req.stop_ids,
             block_ids=[table.copy() for table in req.block_tables],
+            is_guided=req.guide is not None,
         )
 
     # ---- steps in flight

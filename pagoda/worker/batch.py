@@ -72,7 +72,7 @@ class DrawInputs:
         temperature_R = table.temperature_N[slot_R]
         if is_drawn_R is not None:
             temperature_R[~is_drawn_R] = 0
-        temperature_R[table.is_special_N[slot_R]] = 0
+        temperature_R[table.is_redrawn_N[slot_R]] = 0
         self.temperature_R[:n] = temperature_R
         self.top_k_R[:n] = table.top_k_N[slot_R]
         self.top_p_R[:n] = table.top_p_N[slot_R]

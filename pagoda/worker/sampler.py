@@ -64,7 +64,7 @@ class Sampler:
             row_R, slots = rows.row_start_S1[chosen_S + 1] - 1, rows.slots_S[chosen_S]
             picked = logits_RV if rows.num_sampled == rows.num_rows else None
         raw = _Raw()
-        if drawn_R is not None and not masks and not table.is_special_N[slots].any():
+        if drawn_R is not None and not masks and not table.is_redrawn_N[slots].any():
             ids = drawn_R if picked is not None else drawn_R[row_R]
         else:
             self._prepare(raw, logits_RV, row_R, slots, table, masks)

@@ -57,6 +57,7 @@ class RequestTable:
         self.top_k_N = np.zeros(n, np.int32)
         self.seed_N = np.zeros(n, np.uint64)
         self.is_special_N = np.zeros(n, np.bool_)  # wants logprobs or a logits step: not just the fused draw
+        self.is_redrawn_N = np.zeros(n, np.bool_)  # special, or its grammar's mask comes after the forward: drawn again behind it
         self.wants_prompt_logprobs_N = np.zeros(n, np.bool_)
         self.infos: list[SlotInfo | None] = [None] * n
 
@@ -97,6 +98,7 @@ class RequestTable:
         self.min_p_N[slot] = params.min_p if is_open else 0.0
         self.top_k_N[slot] = max(params.top_k, 0) if is_open else 0
         self.is_special_N[slot] = params.logprobs is not None or bool(chain)
+        self.is_redrawn_N[slot] = self.is_special_N[slot] or new.is_guided
         self.wants_prompt_logprobs_N[slot] = params.prompt_logprobs is not None
         self.seed_N[slot] = np.uint64(params.seed & 0xFFFF_FFFF_FFFF_FFFF)
 

@@ -114,6 +114,19 @@ def test_order_allowed_comes_before_bias() -> None:
     assert chosen(greedy(allowed_token_ids=[4, 5], logit_bias={7: 100.0, 5: 1.0}), logits((7, 3.0))) == 5
 
 
+def test_a_row_with_only_a_mask() -> None:
+    """Masked in one addition: what it forbids is never drawn, and what is not finite still fails that row alone."""
+    allowed = np.zeros((VOCAB + 31) // 32 * 32, np.uint8)
+    allowed[[3, 5]] = 1
+    words = np.tile(np.packbits(allowed, bitorder="little"), 3)
+    masks = Masks(slots=[0, 1, 2], words=words.tobytes())
+    rows_RV = np.repeat(logits((7, 9.0), (5, 1.0)), 4, 0)
+    rows_RV[1, 9], rows_RV[2, 5] = np.nan, np.inf
+    found = run([greedy(), greedy(), greedy(), greedy()], rows_RV, masks=masks)
+    assert [row.token_ids for row in found] == [[5], [], [], [7]]
+    assert [row.error is None for row in found] == [True, False, False, True]
+
+
 def test_grammar_mask_is_last_and_only_for_its_slot() -> None:
     words = np.zeros((1, 2), np.uint32)
     words[0, 0] = 1 << 11 | 1 << 12
