@@ -4,6 +4,8 @@ The environment is the one models are published for (Hugging Face's): sandboxed,
 controls, a `tojson` that does not escape HTML, `raise_exception`, `strftime_now`, and the tag `generation`, which
 marks what an assistant said and changes nothing here.
 
+A template is a program of others: it has RENDER_SECONDS, and cannot make strings or numbers beyond MAX_PRODUCT by multiplying.
+
 A rendered prompt already has its special tokens in it: encode it with `add_special_tokens=False`.
 """
 
@@ -21,11 +23,15 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pagoda.base.errors import ConfigError, InvalidRequest, ModelFileError
+from pagoda.text.deadline import Deadline
 from pagoda.text.tokenizer import Tokenizer
 
 __all__ = ["ChatTemplate", "load_chat_template"]
 
 Message = Mapping[str, Any]
+
+RENDER_SECONDS = 10.0
+MAX_PRODUCT = 1 << 20
 
 _RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"))
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -35,12 +41,13 @@ _END_MARK = "\ue000end-of-final-message\ue000"  # private-use characters, which 
 class ChatTemplate:
     """The templates of one model, compiled. `render` may be called from any thread."""
 
-    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], *, seconds: float = RENDER_SECONDS) -> None:
         """`sources` by name: `default`, and `tool_use` where tools have their own. Raises ModelFileError on bad syntax."""
         environment = _environment()
         self._templates = {name: _compile(environment, name, source) for name, source in sources.items()}
         self._content_format = {name: _content_format(environment, source) for name, source in sources.items()}
         self.sources = dict(sources)
+        self._deadline = Deadline(seconds)
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -77,14 +84,20 @@ class ChatTemplate:
         if continue_final_message:
             _mark_end(conversation[-1])
         variables = self._special_tokens | kwargs
-        try:
-            prompt = self._templates[name].render(
+
+        def render() -> str:
+            return self._templates[name].render(
                 messages=conversation,
                 tools=list(tools) if tools else None,
                 documents=list(documents) if documents else None,
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
+
+        try:
+            prompt = self._deadline.run(render)
+        except TimeoutError:
+            raise InvalidRequest(f"the chat template took longer than {self._deadline.seconds:g} s", param="messages") from None
         except _RENDER_ERRORS as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
         return _cut_at_mark(prompt) if continue_final_message else prompt
@@ -120,8 +133,20 @@ class _GenerationTag(jinja2.ext.Extension):
         return caller()
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's, in which no single operation can take all memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) if isinstance(x, int) else 0 for x in (left, right)]
+        if (operator == "**" and isinstance(right, int) and sizes[0] > 1 and sizes[1] > 64) or sizes[0] * sizes[1] > MAX_PRODUCT:
+            raise jinja2.TemplateError(f"the result of `{operator}` is too large")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson

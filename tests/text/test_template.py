@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +16,58 @@ from pagoda.text.tokenizer import Tokenizer
 from tests.text.test_detokenize import byte_level_tokenizer
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-TOOLS = [
-    {"type": "function", "function": {"name": "f", "description": "d<\u00e9", "parameters": {"type": "object", "properties": {}}}}
-]
-CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-CONVERSATIONS: list[list[dict[str, Any]]] = [
-    [{"role": "user", "content": "Hi <b>&'\" \u00e9"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": " Why? "},
+PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer", "description": "an x"}}, "required": ["x"]}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d<\u00e9", "parameters": PARAMETERS}}]
+
+
+def call(number: int, **arguments: Any) -> dict[str, Any]:
+    return {"id": f"call0000{number}", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def result(number: int, content: str) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "tool_call_id": f"call0000{number}", "name": "f"}
+
+
+ASKED = {"role": "user", "content": "Hi <b>&'\" \u00e9"}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "user": [ASKED],
+    "system": [{"role": "system", "content": "Be brief."}, ASKED],
+    "multi-turn": [
+        {"role": "system", "content": "Be brief."}, ASKED, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": " Why? "},
     ],
-    [
-        {"role": "user", "content": "Call it"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "42", "tool_call_id": "call00001", "name": "f"},
+    "call": [ASKED, {"role": "assistant", "content": "", "tool_calls": [call(1, x=1)]}, result(1, "42")],
+    "parallel calls": [
+        ASKED, {"role": "assistant", "content": "I look.", "tool_calls": [call(1, x=1), call(2, x=2, y="a")]}, result(1, "42"),
+        result(2, '{"k": 1}'), {"role": "assistant", "content": "Both."}, {"role": "user", "content": "Thanks"},
     ],
-]
+    "continued": [ASKED, {"role": "assistant", "content": "The answer is"}],
+}  # fmt: skip
 
 
 def test_equals_transformers(shared_data: Path) -> None:
-    jinja2 = pytest.importorskip("jinja2")
+    """Every template, conversation, with and without tools: the text of `apply_chat_template`, or both refuse."""
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    num_equal = num_refused = 0
+    counts: Counter[tuple[str, str]] = Counter()
     for path in sorted((shared_data / "templates" / "llama.cpp").glob("*.jinja")):
         source = path.read_text(encoding="utf-8")
-        ours, theirs = ChatTemplate({"default": source}, TOKENS), utils._compile_jinja_template(source)
-        for messages in CONVERSATIONS:
+        ours = ChatTemplate({"default": source}, TOKENS)
+        for name, messages in CONVERSATIONS.items():
+            continues = name == "continued"
+            options = {"add_generation_prompt": not continues, "continue_final_message": continues}
             for tools in (None, TOOLS):
-                options = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
                 try:
-                    expected = theirs.render(**options, **TOKENS)
-                except (jinja2.TemplateError, TypeError):
+                    (expected,), _ = utils.render_jinja_template(
+                        conversations=[messages], tools=tools, documents=None, chat_template=source, **options, **TOKENS
+                    )
+                except Exception:  # whatever a template meets
                     with pytest.raises(InvalidRequest):
-                        ours.render(messages, tools=tools)
-                    num_refused += 1
+                        ours.render(messages, tools=tools, **options)
+                    counts[name, "refused"] += 1
                 else:
-                    assert ours.render(messages, tools=tools) == expected, path.name
-                    num_equal += 1
-    assert num_equal > 300 and num_refused < num_equal / 4
+                    assert ours.render(messages, tools=tools, **options) == expected, f"{path.name}: {name}"
+                    counts[name, "equal"] += 1
+    for name in CONVERSATIONS:
+        assert counts[name, "equal"] > 110 and counts[name, "refused"] < 30, counts
 
 
 def template(source: str, **others: str) -> ChatTemplate:
@@ -141,11 +156,38 @@ def test_arguments_of_calls_become_objects() -> None:
         ("{{ messages.append(1) }}", USER, {}, "refuses"),
         ("{{ ''.__class__.__mro__ }}", USER, {}, "unsafe"),
         ("{{ 1 // 0 }}", USER, {}, "refuses"),
+        ("{{ 'x' * 10 ** 9 }}", USER, {}, "too large"),
+        ("{{ [1] * 99999999 }}", USER, {}, "too large"),
+        ("{{ 10 ** 10 ** 10 }}", USER, {}, "too large"),
     ],
 )
 def test_errors_belong_to_the_request(source: str, messages: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         template(source).render(messages, **kwargs)
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_has_a_time_limit() -> None:
+    """It ends in the thread it runs in; others, and the thread itself afterwards, are undisturbed."""
+    endless, quick = ChatTemplate({"default": ENDLESS}, {}, seconds=0.2), ChatTemplate({"default": "ok"}, {}, seconds=0.2)
+    started = time.monotonic()
+    errors: list[str] = []
+
+    def work() -> None:
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match=r"longer than 0\.2 s") as caught:
+                endless.render(USER)
+            errors.append(caught.value.message)
+            assert [quick.render(USER) for _ in range(1000)] == ["ok"] * 1000
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 6 and time.monotonic() - started < 20
 
 
 def test_syntax_errors_are_found_at_start() -> None:
