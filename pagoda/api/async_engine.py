@@ -19,7 +19,7 @@ from pagoda.api.outputs import RequestStream
 from pagoda.api.processor import Processed, Processor, Prompt, is_slow
 from pagoda.base.clock import monotonic
 from pagoda.base.config import config_from_kwargs
-from pagoda.base.errors import EngineDead, InvalidRequest, RequestError, RequestFailed
+from pagoda.base.errors import DeadlineExceeded, EngineDead, InvalidRequest, RequestError, RequestFailed
 from pagoda.base.log import get_logger
 from pagoda.base.types import EngineOutput, FinishReason, RequestOutput, SamplingParams
 from pagoda.engine.client import CoreClient, ThreadClient
@@ -27,6 +27,9 @@ from pagoda.engine.core import SampleId
 from pagoda.engine.stats import EngineStats
 
 __all__ = ["AsyncEngine"]
+
+TIMEOUT = "timeout"
+"""`stop_reason` of an answer whose time was over; its `finish_reason` is "length"."""
 
 _log = get_logger("api")
 
@@ -37,6 +40,7 @@ class _Reader:
     def __init__(self, stream: RequestStream) -> None:
         self.stream = stream
         self.is_ready = asyncio.Event()
+        self.is_late = False  # its time is over: what the core ends now ends by that
 
 
 class AsyncEngine:
@@ -78,7 +82,7 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come, as `sampling_params.output_kind` says; the last has `finished`.
 
-        Raises InvalidRequest, QueueFull or EngineDead, and RequestFailed when the engine could not finish. Closing the
+        Raises InvalidRequest, QueueFull, DeadlineExceeded or EngineDead, and RequestFailed when the engine could not finish. Closing the
         iterator, or cancelling whoever waits for it, aborts the request.
         """
         arrival_time = monotonic()
@@ -99,14 +103,26 @@ class AsyncEngine:
         reader = _Reader(RequestStream(processed.request, processed.prompt, self.processor.tokenizer))
         self._start_dispatcher()
         self._readers[request_id] = reader
+        seconds = processed.request.params.timeout
+        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._expire, reader)
         try:
             self._client.submit(processed.request)
             async for output in self._read(reader):
                 yield output
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._readers[request_id]
             if not reader.stream.is_finished:
                 self._client.abort([request_id])
+
+    def _expire(self, reader: _Reader) -> None:
+        """The request's time is over. What it has is its answer; it fails if that is nothing."""
+        reader.is_late = True
+        self._client.abort([reader.stream.request.request_id])
+        if not reader.stream.has_tokens:
+            reader.stream.fail(DeadlineExceeded("the request's time was over before it had a token", code="timeout"))
+            reader.is_ready.set()
 
     async def _search(self, processed: Processed, priority: int) -> RequestOutput:
         """Beam search: each step's requests run side by side. An abort, or an error of one of them, ends the search."""
@@ -114,8 +130,9 @@ class AsyncEngine:
         name = processed.request.request_id
         running = self._searches[name] = set()
         is_aborted = False
+        deadline = monotonic() + (processed.request.params.timeout or float("inf"))
         try:
-            while not search.is_finished and not is_aborted:
+            while not search.is_finished and not is_aborted and monotonic() < deadline:
                 ids = [f"{name}-beam{next(self._serial)}" for _ in search.prompts()]
                 running |= set(ids)
                 async with asyncio.TaskGroup() as group:
@@ -132,7 +149,7 @@ class AsyncEngine:
             raise _first(errors) from None
         finally:
             del self._searches[name]
-        return search.output(processed.prompt, self.processor.tokenizer, is_aborted=is_aborted)
+        return search.output(processed.prompt, self.processor.tokenizer, cut=FinishReason.ABORT if is_aborted else FinishReason.LENGTH)
 
     async def _last(self, prompt: list[int], params: SamplingParams, request_id: str, priority: int, cache_salt: str) -> RequestOutput:
         async with aclosing(self.generate(prompt, params, request_id, priority, cache_salt)) as outputs:
@@ -181,6 +198,8 @@ class AsyncEngine:
             reader = self._readers.get(output.request_id)
             if reader is None:
                 continue  # it was left; its abort is on the way
+            if reader.is_late and output.finish_reason is FinishReason.ABORT:
+                output.finish_reason, output.stop_reason = FinishReason.LENGTH, TIMEOUT
             try:
                 if reader.stream.push(output):
                     stopped.append((output.request_id, output.index))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.types import (
@@ -138,9 +138,9 @@ class BeamSearch:
         penalty = self.params.length_penalty
         return max(beam.logprob / math.pow(length, penalty) for length in (len(beam.token_ids), self._max_tokens))
 
-    def output(self, prompt: str | None, tokenizer: Tokenizer, *, is_aborted: bool = False) -> RequestOutput:
-        """The `n` best beams, best first. Aborted: also those that had not ended. After an error: one sample that says so."""
-        beams = self._best([*self._done, *(self._live if is_aborted else [])])
+    def output(self, prompt: str | None, tokenizer: Tokenizer, *, cut: FinishReason = FinishReason.ABORT) -> RequestOutput:
+        """The `n` best beams, best first; beams that still live end with `cut`. After an error: one sample that says so."""
+        beams = self._best([*self._done, *(replace(beam, finish_reason=cut) for beam in self._live)])
         if self._error is not None:
             beams = [_Beam(finish_reason=FinishReason.ERROR)]
         return RequestOutput(
@@ -153,7 +153,8 @@ class BeamSearch:
         )
 
     def _sample(self, index: int, beam: _Beam, tokenizer: Tokenizer) -> CompletionOutput:
-        reason = beam.finish_reason or FinishReason.ABORT
+        reason = beam.finish_reason
+        assert reason is not None
         state = TextState(tokenizer, self.params, self.request.prompt_token_ids)
         positions = [_position(token_id, table, self.params.logprobs) for token_id, table in zip(beam.token_ids, beam.tables, strict=True)]
         delta = state.push(beam.token_ids, None if self.params.logprobs is None else positions, reason)

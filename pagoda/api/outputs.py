@@ -33,6 +33,7 @@ class _Sample:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.is_dirty = False
+        self.num_tokens = 0
         self._text_state = TextState(tokenizer, request.params, request.prompt_token_ids)
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -47,6 +48,7 @@ class _Sample:
         """True when a stop string ended the sample: the core does not know, and must be told."""
         delta: TextDelta = self._text_state.push(output.new_token_ids, output.logprobs, output.finish_reason, output.stop_reason)
         self.is_dirty = True
+        self.num_tokens += len(delta.token_ids)
         self._text.append(delta.text)
         self._token_ids += delta.token_ids
         if self._logprobs is not None and delta.logprobs is not None:
@@ -99,6 +101,11 @@ class RequestStream:
     @property
     def is_finished(self) -> bool:
         return self._num_unfinished == 0
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether anything was sampled."""
+        return any(sample.num_tokens for sample in self._samples)
 
     def push(self, output: EngineOutput) -> bool:
         """Takes one output of the core. True when a stop string ended that sample, which the caller must abort with STOP.

@@ -83,7 +83,7 @@ class SchedulerConfig:
         "without it a step's prompts take about as long as its decoding",
         metavar="MS",
     )
-    max_num_queued_reqs: int | None = field(None, "requests that may wait before new ones get 503; unbounded without it")
+    max_num_queued_reqs: int | None = field(None, "requests that may wait before new ones get 429; -1: no limit (default: 4096 for a server, no limit offline)")
     watermark: float = field(0.0, "share of KV blocks kept free when admitting, against preemption")
 
 
@@ -105,6 +105,22 @@ class ServerConfig:
     uds: str | None = field(None, "path of a Unix domain socket to listen on instead")
     root_path: str = field("", "path prefix when served behind a proxy")
     api_key: Sequence[str] = field((), "key clients must send as `Authorization: Bearer KEY`; several allowed (or PAGODA_API_KEY)", repeat=True)
+    api_key_file: str | None = field(None, "file with more keys, one a line", metavar="FILE")
+    allowed_origins: Sequence[str] = field((), "origins whose pages may call this server (CORS); *: all. None without it", repeat=True, metavar="ORIGIN")
+    allow_credentials: bool = field(False, "let those pages send cookies and Authorization")
+    allowed_methods: Sequence[str] = field(("*",), "methods those pages may use", repeat=True, metavar="METHOD")
+    allowed_headers: Sequence[str] = field(("*",), "headers those pages may send", repeat=True, metavar="HEADER")
+    ssl_keyfile: str | None = field(None, "private key: serve HTTPS", metavar="FILE")
+    ssl_certfile: str | None = field(None, "certificate (chain) of that key", metavar="FILE")
+    ssl_ca_certs: str | None = field(None, "certificates that clients' certificates are checked against", metavar="FILE")
+    ssl_cert_reqs: Literal["none", "optional", "required"] = field("none", "whether clients must show a certificate")
+    request_timeout: float | None = field(None, "most seconds a request may take, and what it may take if it says no `timeout`", metavar="SECONDS")
+    sse_keep_alive_interval: float = field(15.0, "seconds of silence after which a stream gets a comment; 0: never", metavar="SECONDS")
+    stream_stall_timeout: float = field(60.0, "seconds a stream may wait for its reader before its request ends; 0: for ever", metavar="SECONDS")
+    strict_fields: bool = field(False, "answer 400 to fields nobody knows, instead of a warning header")
+    trust_request_chat_template: bool = field(False, "let requests bring a `chat_template` of their own")
+    enable_per_request_metrics: bool = field(False, "put each request's timings in its answer as `metrics`")
+    record_arrivals: str | None = field(None, "file that gets a line per request, for `bench serve --dataset-name recorded`", metavar="FILE")
     response_role: str = field("assistant", "role of chat answers")
     enable_auto_tool_choice: bool = field(True, "look for tool calls in answers when a request brings tools")
     tool_call_parser: str = field("auto", "how the model writes tool calls; auto reads it off the chat template, none looks for none", metavar="NAME")

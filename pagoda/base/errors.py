@@ -11,7 +11,8 @@
         +-- Unauthorized        401
         +-- NotFound            404  unknown model or route
         +-- PayloadTooLarge     413
-        +-- QueueFull           503  admission limit; the client may retry
+        +-- QueueFull           429  admission limit; the client may retry
+        +-- DeadlineExceeded    504  its time was over before it had any answer
         +-- EngineDead          503  the engine process has stopped
         +-- RequestFailed       500  the engine could not finish this request (NaN logits, ...)
 
@@ -24,6 +25,7 @@ from pathlib import Path
 
 __all__ = [
     "ConfigError",
+    "DeadlineExceeded",
     "EngineDead",
     "InvalidRequest",
     "ModelFileError",
@@ -106,8 +108,13 @@ class PayloadTooLarge(RequestError):
 
 
 class QueueFull(RequestError):
-    http_status = 503
-    type = "ServiceUnavailableError"
+    http_status = 429
+    type = "RateLimitError"
+
+
+class DeadlineExceeded(RequestError):
+    http_status = 504
+    type = "TimeoutError"
 
 
 class EngineDead(RequestError):

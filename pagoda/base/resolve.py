@@ -136,7 +136,9 @@ def _resolve_scheduler(config: SchedulerConfig, model: ModelConfig, facts: Model
         raise ConfigError(f"`--long-prefill-token-threshold` must not be negative, got {config.long_prefill_token_threshold}")
     if config.itl_target_ms is not None and config.itl_target_ms < 0:
         raise ConfigError(f"`--itl-target-ms` must not be negative, got {config.itl_target_ms}")
-    return replace(config, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+    queued = config.max_num_queued_reqs
+    queued = None if queued is None or queued < 0 else queued
+    return replace(config, max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_reqs=queued)
 
 
 def fit_kv_cache(config: EngineConfig, facts: ModelFacts, memory_available: int, bytes_per_block: int) -> KvBudget:

@@ -33,6 +33,7 @@ __all__ = [
 
 MAX_SAMPLES = 16384
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_STRINGS = 16
 MAX_BANNED_STRINGS = 256
 MAX_BREAKERS = 64
 
@@ -131,6 +132,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     use_beam_search: bool = False  # `n` beams; the front runs them
     length_penalty: float = 1.0  # of beam search: a beam's score is its log-probability / length ** penalty
     logprobs_mode: LogprobsMode | None = None  # None: the engine's
+    timeout: float | None = None  # seconds from arrival, kept by AsyncEngine: then the answer ends as it is
     extra_args: dict[str, Any] | None = None  # for logits processors of plug-ins
 
     def __post_init__(self) -> None:
@@ -171,6 +173,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     def _check_lists(self) -> None:
         _check(all(isinstance(s, str) and s for s in self.stop or ()), "stop", "must not contain an empty string", self.stop)
+        _check(len(self.stop or ()) <= MAX_STOP_STRINGS, "stop", f"must have at most {MAX_STOP_STRINGS} strings", len(self.stop or ()))
         _check(not self.stop or self.detokenize, "stop", "needs detokenize=True", self.stop)
         _check(all(i >= 0 for i in self.stop_token_ids or ()), "stop_token_ids", "must not be negative", self.stop_token_ids)
         _check(all(self.bad_words or ()), "bad_words", "must not contain an empty string", self.bad_words)
@@ -200,6 +203,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         _check(self.mirostat_mode in (0, 2), "mirostat_mode", "must be 0 (off) or 2", self.mirostat_mode)
         _check(0.0 <= self.mirostat_tau <= 100.0, "mirostat_tau", "must be between 0 and 100", self.mirostat_tau)
         _check(0.0 <= self.mirostat_eta <= 1.0, "mirostat_eta", "must be between 0 and 1", self.mirostat_eta)
+        _check(self.timeout is None or self.timeout > 0, "timeout", "must be above 0", self.timeout)
         _check(abs(self.length_penalty) <= 100.0, "length_penalty", "must be between -100 and 100", self.length_penalty)
 
     def clone(self, **changes: Any) -> SamplingParams:

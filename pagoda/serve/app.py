@@ -6,7 +6,8 @@ A route is one row of `routes()`: path, methods, endpoint, and the structs that 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,15 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pagoda.base import env
-from pagoda.base.errors import PagodaError
+from pagoda.base.config import ServerConfig
+from pagoda.base.errors import ConfigError, PagodaError
 from pagoda.serve import health, openai_chat, openai_completions, tokenize
-from pagoda.serve.auth import BearerAuth
+from pagoda.serve.auth import BearerAuth, read_keys
 from pagoda.serve.context import ModelContext, ServerState
 from pagoda.serve.errors import ErrorBoundary, on_exception
 from pagoda.serve.generation import GenerateEndpoint, read_json_body
@@ -30,7 +32,7 @@ from pagoda.serve.schema import RouteDoc, openapi
 
 __all__ = ["Row", "build_app", "routes"]
 
-_GENERATE_ERRORS = (400, 401, 404, 413, 500, 503)
+_GENERATE_ERRORS = (400, 401, 404, 413, 429, 500, 503, 504)
 _TEXT = "text/plain"
 
 
@@ -110,10 +112,10 @@ def routes(state: ServerState) -> list[Row]:
 def build_app(state: ServerState) -> Starlette:
     """The ASGI application over `state`, which may become ready later."""
     rows = routes(state)
-    keys = [key for key in (*state.config.api_key, env.api_key()) if key]
+    keys = read_keys(state.config)
     app = Starlette(
         routes=[_route(row) for row in rows],
-        middleware=[Middleware(ErrorBoundary), *([Middleware(BearerAuth, keys=keys)] if keys else [])],
+        middleware=[*_cors(state.config), Middleware(ErrorBoundary), *([Middleware(BearerAuth, keys=keys)] if keys else [])],
         exception_handlers={HTTPException: on_exception, PagodaError: on_exception},
     )
     app.router.redirect_slashes = False
@@ -121,6 +123,32 @@ def build_app(state: ServerState) -> Starlette:
     app.state.openapi = None
     app.state.docs = [row.doc for row in rows]
     return app
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """Other origins' pages get nothing unless --allowed-origins names them."""
+    if not config.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=_list(config.allowed_origins),
+            allow_credentials=config.allow_credentials,
+            allow_methods=_list(config.allowed_methods),
+            allow_headers=_list(config.allowed_headers),
+            expose_headers=["X-Request-Id", "X-Pagoda-Warning", "Retry-After"],
+        )
+    ]
+
+
+def _list(values: Sequence[str]) -> list[str]:
+    """Words, or one JSON list, which is how vLLM takes them."""
+    if len(values) == 1 and values[0].startswith("["):
+        try:
+            return [str(value) for value in json.loads(values[0])]
+        except ValueError:
+            raise ConfigError(f"`{values[0]}` is neither words nor a JSON list") from None
+    return list(values)
 
 
 def _route(row: Row) -> Route:

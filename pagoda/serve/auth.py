@@ -5,17 +5,36 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pagoda.base.errors import Unauthorized
+from pagoda.base import env
+from pagoda.base.config import ServerConfig
+from pagoda.base.errors import ConfigError, Unauthorized
 from pagoda.serve.errors import error_response
 
-__all__ = ["OPEN_PATHS", "BearerAuth"]
+__all__ = ["OPEN_PATHS", "BearerAuth", "read_keys"]
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/load", "/metrics"})
 """What probes and scrapers read; none of it tells anything about requests or models' outputs."""
+
+
+def read_keys(config: ServerConfig) -> list[str]:
+    """Keys of the flags, of the file (one a line; `#` begins a comment line) and of the environment. Raises ConfigError."""
+    keys = [*config.api_key, env.api_key() or ""]
+    if config.api_key_file is not None:
+        path = Path(config.api_key_file).expanduser()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"`--api-key-file {config.api_key_file}` cannot be read: {error}") from None
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ConfigError(f"`--api-key-file {config.api_key_file}` has no key")
+        keys += found
+    return [key for key in keys if key]
 
 
 class BearerAuth:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from starlette.types import Scope
 
 from pagoda.base.config import ServerConfig
 from pagoda.base.errors import EngineDead, NotFound
@@ -108,6 +110,7 @@ class ServerState:
         self.active: set[str] = set()  # engine request ids in flight
         self.failure: str | None = None
         self.is_draining = False
+        self.drop_connection: Callable[[Scope], None] = lambda scope: None  # cuts a client's connection; set by who owns it
         self._context: ModelContext | None = None
         self._engine: ServingEngine | None = None
         self._serial = itertools.count()

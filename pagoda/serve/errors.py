@@ -58,7 +58,7 @@ def error_response(exc: BaseException) -> Response:
     """The answer that tells a client about `exc`."""
     status, body = describe(exc)
     headers = dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
-    if status == 503:
+    if status in (429, 503):
         headers["Retry-After"] = "1"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from pagoda.base.errors import InvalidRequest, PayloadTooLarge, RequestFailed
 from pagoda.base.log import get_logger
@@ -22,6 +22,7 @@ from pagoda.base.types import RequestOutput, SamplingParams
 from pagoda.serve.context import ModelContext, ServerState, ServingEngine
 from pagoda.serve.errors import describe
 from pagoda.serve.sse import DONE, event
+from pagoda.serve.stream import StreamWriter
 
 __all__ = ["Call", "GenerateEndpoint", "Renderer", "read_json_body"]
 
@@ -78,6 +79,8 @@ class GenerateEndpoint:
         loop = asyncio.get_running_loop()
         given_id = _given_id(headers)
         call = await loop.run_in_executor(state.pool, self._parse, raw, given_id, context)
+        if (limit := state.config.request_timeout) is not None:
+            call.params.timeout = min(call.params.timeout or limit, limit)
         if state.config.enable_log_requests:
             lengths = [len(p["prompt_token_ids"]) for p in call.prompts]
             logger.info("request %s: prompt tokens %s, %s", call.response_id, lengths, call.params)
@@ -88,7 +91,7 @@ class GenerateEndpoint:
         try:
             async with _cancelled_by_disconnect(receive):
                 if call.stream:
-                    await self._stream(call, engine, send, answer_headers)
+                    await self._stream(call, engine, send, answer_headers, scope)
                 else:
                     await self._answer(call, engine, send, answer_headers)
         finally:
@@ -106,24 +109,41 @@ class GenerateEndpoint:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, call: Call, engine: ServingEngine, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Headers wait for the first output, so that an error before it is a plain HTTP error."""
+    async def _stream(self, call: Call, engine: ServingEngine, send: Send, headers: list[tuple[bytes, bytes]], scope: Scope) -> None:
+        """Headers wait for the first output (or the first comment), so that an error before it is a plain HTTP error."""
+        config = self._state.config
+        writer = StreamWriter(send, headers, keep_alive=config.sse_keep_alive_interval, stall=config.stream_stall_timeout)
+        try:
+            async with writer, aclosing(self._outputs(call, engine)) as outputs:
+                await self._write_events(call, outputs, writer)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not writer.is_stalled or task is None or task.uncancel() > 0:
+                raise
+            logger.warning("request %s ended: its reader took nothing for %.0f s (--stream-stall-timeout)", call.response_id, config.stream_stall_timeout)
+            self._state.metrics.stalled_streams += 1
+            self._state.drop_connection(scope)
+            await asyncio.sleep(0.01)  # until the HTTP server knows that it is gone
+
+    async def _write_events(self, call: Call, outputs: AsyncGenerator[tuple[int, RequestOutput], None], writer: StreamWriter) -> None:
         renderer = call.renderer
-        async with aclosing(self._outputs(call, engine)) as outputs:
-            prompt_idx, output = await anext(outputs)
-            await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, *headers]})
-            try:
-                await send(_part(renderer.opening() + renderer.delta(prompt_idx, output)))
-                async for prompt_idx, output in outputs:
-                    if chunk := renderer.delta(prompt_idx, output):
-                        await send(_part(chunk))
-                tail = renderer.closing()
-            except Exception as exc:
-                status, body = describe(exc)
-                if status == 500:
-                    logger.error("request %s failed: %r", call.response_id, exc)
-                tail = event(body) + DONE
-        await send({"type": "http.response.body", "body": tail})
+        is_open = False
+        try:
+            async for prompt_idx, output in outputs:
+                start = b"" if is_open else renderer.opening()
+                chunk = start + renderer.delta(prompt_idx, output)
+                if chunk or not is_open:
+                    await writer.write(chunk)
+                is_open = True
+            tail = renderer.closing()
+        except Exception as exc:
+            if not writer.has_started:
+                raise
+            status, body = describe(exc)
+            if status == 500:
+                logger.error("request %s failed: %r", call.response_id, exc)
+            tail = event(body) + DONE
+        await writer.write(tail, is_last=True)
 
     async def _outputs(self, call: Call, engine: ServingEngine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Outputs of all prompts as they come. Closing the iterator aborts what still runs."""
@@ -176,17 +196,6 @@ async def _merge(streams: list[AsyncGenerator[tuple[int, RequestOutput], None]])
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-
-
-def _part(chunk: bytes) -> Message:
-    return {"type": "http.response.body", "body": chunk, "more_body": True}
 
 
 def _given_id(headers: Headers) -> str | None:

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from pagoda.base.log import get_logger
 from pagoda.executor.process import BUILDER, EngineProcess
 from pagoda.files.hub import resolve
 
-__all__ = ["bind", "serve"]
+__all__ = ["bind", "check_files", "serve"]
 
 _BACKLOG = 2048
+DEFAULT_QUEUE = 4096  # requests that may wait
 
 
 def serve(config: EngineConfig, server: ServerConfig, *, builder: str = BUILDER, load: Callable[[EngineConfig], Any] | None = None) -> int:
@@ -32,6 +34,8 @@ def serve(config: EngineConfig, server: ServerConfig, *, builder: str = BUILDER,
     Raises ConfigError when the address cannot be had, and what loading the model raises. `builder` makes the engine in its process
     ("module:function"), `load` tokenizer and template here (default: `executor.front.load_front`).
     """
+    check_files(server)
+    config = _with_bounded_queue(config)
     with contextlib.closing(bind(server)) as listener:
         _download(config)
         process = EngineProcess.start(config, builder=builder, log_level=_log_level())
@@ -43,6 +47,23 @@ def serve(config: EngineConfig, server: ServerConfig, *, builder: str = BUILDER,
             process.stop()
             if server.uds is not None:
                 _remove_socket(server.uds)
+
+
+def _with_bounded_queue(config: EngineConfig) -> EngineConfig:
+    """A server whose queue has no end only makes everybody wait."""
+    if config.scheduler.max_num_queued_reqs is not None:
+        return config
+    return replace(config, scheduler=replace(config.scheduler, max_num_queued_reqs=DEFAULT_QUEUE))
+
+
+def check_files(server: ServerConfig) -> None:
+    """Raises ConfigError for a key, certificate or list of keys that cannot be read, before anything is started."""
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "api_key_file"):
+        path = getattr(server, name)
+        if path is not None and not os.access(os.path.expanduser(path), os.R_OK):
+            raise ConfigError(f"`--{name.replace('_', '-')} {path}` cannot be read")
+    if server.ssl_keyfile is not None and server.ssl_certfile is None:
+        raise ConfigError("`--ssl-keyfile` needs --ssl-certfile")
 
 
 def _download(config: EngineConfig) -> None:

@@ -63,6 +63,7 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         self.server_load = 0  # requests being answered now
+        self.stalled_streams = 0  # ended because nobody read them
         self.core = EngineStats()
         self._model_name = ""
         self._cache_config: dict[str, str] = {}

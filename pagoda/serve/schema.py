@@ -21,8 +21,10 @@ _ERRORS = {
     401: "the API key is missing or wrong",
     404: "no such model",
     413: "the body is too large",
+    429: "too many requests wait; try again after `Retry-After` seconds",
     500: "the engine could not finish this request",
-    503: "loading, shutting down, queue full, or the engine is dead",
+    503: "loading, shutting down, or the engine is dead",
+    504: "the request's time was over before it had any answer",
 }
 
 

@@ -11,9 +11,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import shlex
 import signal
 import socket
+import ssl
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +25,10 @@ from typing import Any
 
 import uvicorn
 import uvloop
+from starlette.types import Scope
 
 from pagoda.api.async_engine import AsyncEngine
 from pagoda.api.processor import Processor, sampling_defaults
-from pagoda.base import env
 from pagoda.base.config import EngineConfig, ServerConfig
 from pagoda.base.errors import PagodaError
 from pagoda.base.log import get_logger
@@ -33,11 +36,12 @@ from pagoda.executor.channel import EngineInfo
 from pagoda.executor.front import Front, load_front
 from pagoda.executor.process import EngineProcess, ProcessClient
 from pagoda.serve.app import build_app, routes
+from pagoda.serve.auth import OPEN_PATHS, read_keys
 from pagoda.serve.context import ModelContext, ServerState
 from pagoda.serve.metrics import StatsLog
 from pagoda.text.message import choose
 
-__all__ = ["Server", "announcement", "model_context", "run"]
+__all__ = ["Server", "announcement", "cut_connection", "model_context", "run", "tls_options"]
 
 logger = get_logger("serve")
 
@@ -74,6 +78,7 @@ class Server:
         self._state = ServerState(server)
         self._engine: AsyncEngine | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._state.drop_connection = lambda scope: cut_connection(self._uvicorn, scope)
         level = server.uvicorn_log_level
         _share_log_handlers(level)
         self._uvicorn = _Uvicorn(
@@ -89,6 +94,7 @@ class Server:
                 timeout_graceful_shutdown=server.shutdown_timeout + _LAST_SECONDS,  # type: ignore[arg-type]
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 server_header=False,
+                **tls_options(server),
             )
         )
 
@@ -169,6 +175,24 @@ class Server:
         self._state.close()
 
 
+def cut_connection(server: uvicorn.Server, scope: Scope) -> None:
+    """End a connection whose buffers are full: closing it politely would keep them until its reader comes back."""
+    for protocol in list(server.server_state.connections):
+        if getattr(protocol, "scope", None) is scope:
+            if (sock := protocol.transport.get_extra_info("socket")) is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, and nothing kept
+            protocol.transport.abort()
+
+
+def tls_options(server: ServerConfig) -> dict[str, Any]:
+    """uvicorn's options for HTTPS; none without a certificate."""
+    if server.ssl_certfile is None:
+        return {}
+    needs = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}[server.ssl_cert_reqs]
+    paths = {name: getattr(server, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")}
+    return {**{name: os.path.expanduser(path) for name, path in paths.items() if path is not None}, "ssl_cert_reqs": needs}
+
+
 def _share_log_handlers(level: str) -> None:
     """uvicorn's lines look like ours and go to the same place."""
     theirs = logging.getLogger("uvicorn")
@@ -211,19 +235,21 @@ def announcement(context: ModelContext, info: EngineInfo, server: ServerConfig, 
     host, port = ("", 0) if server.uds is not None else listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
-    base, flags = (f"http://{reachable}:{port}", "") if server.uds is None else ("http://localhost", f"--unix-socket {shlex.quote(server.uds)} ")
-    if server.api_key or env.api_key():
+    scheme = "http" if server.ssl_certfile is None else "https"
+    base, flags = (f"{scheme}://{reachable}:{port}", "") if server.uds is None else ("http://localhost", f"--unix-socket {shlex.quote(server.uds)} ")
+    lines = [*info.report, f"Routes: {', '.join(paths)}"]
+    if read_keys(server):
         flags += '-H "Authorization: Bearer $PAGODA_API_KEY" '
+        lines.append(f"Open without a key: {', '.join(sorted(OPEN_PATHS))}")
     question = "What is the capital of France?"
     if context.template is not None:
         path, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": question}], "max_tokens": 32, "temperature": 0}
     else:
         path, body = "/v1/completions", {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
-    where = f"http://{shown}:{port}" if server.uds is None else f"unix:{server.uds}"
+    where = f"{scheme}://{shown}:{port}" if server.uds is None else f"unix:{server.uds}"
     return "\n".join(
         [
-            *info.report,
-            f"Routes: {', '.join(paths)}",
+            *lines,
             f"Serving {context.model_names[0]} on {where}",
             "Try:",
             f"  curl {flags}{base}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",

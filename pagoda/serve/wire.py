@@ -119,6 +119,7 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     banned_strings: list[str] | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
+    timeout: float | None = None
     vllm_xargs: dict[str, Any] | None = None
     truncate_prompt_tokens: Int | None = None
     prompt_logprobs: Int | None = None
@@ -249,6 +250,7 @@ _COPIED = [
     "banned_strings",
     "use_beam_search",
     "length_penalty",
+    "timeout",
 ]
 
 

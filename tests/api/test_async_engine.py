@@ -13,7 +13,7 @@ import pytest
 
 from pagoda.api.async_engine import AsyncEngine
 from pagoda.api.processor import Processor
-from pagoda.base.errors import EngineDead, InvalidRequest, QueueFull, RequestFailed
+from pagoda.base.errors import DeadlineExceeded, EngineDead, InvalidRequest, QueueFull, RequestFailed
 from pagoda.base.types import RequestOutput, RequestOutputKind, SamplingParams
 from pagoda.engine.client import ThreadClient
 from tests.api.fakes import EOS, FakeEngine
@@ -230,3 +230,35 @@ async def test_many_streams_with_random_leaving() -> None:
         assert sum(text is not None for text in texts) > 30
         await idle(engine, fake)
         assert sum((await engine.stats()).request_success.values()) == 150
+
+
+async def test_a_request_whose_time_is_over_ends_as_it_is() -> None:
+    async with running() as (engine, fake):
+        fake.executor.delay = 0.02
+        outputs = await collect(engine, "x" * 150, params(timeout=0.3), "slow")
+        last = outputs[-1].outputs[0]
+        assert (last.finish_reason, last.stop_reason) == ("length", "timeout")
+        text = "".join(output.outputs[0].text for output in outputs)
+        assert text and ("X" * 150).startswith(text)
+        quick = await collect(engine, "ab", params(timeout=30), "quick")
+        assert quick[-1].outputs[0].finish_reason == "stop"
+        await idle(engine, fake)
+
+
+async def test_a_request_without_a_token_in_time_fails() -> None:
+    async with running() as (engine, fake):
+        fake.executor.delay = 0.3
+        with pytest.raises(DeadlineExceeded):
+            await collect(engine, "ab", params(timeout=0.05), "late")
+        fake.executor.delay = 0.0
+        await idle(engine, fake)
+        assert not engine._readers
+
+
+async def test_beams_have_a_deadline_too() -> None:
+    async with running(max_logprobs=20) as (engine, fake):
+        fake.executor.delay = 0.02
+        beams = await collect(engine, "x" * 20, params(FINAL, use_beam_search=True, n=2, timeout=0.3, ignore_eos=True, max_tokens=100), "b")
+        assert [sample.finish_reason for sample in beams[-1].outputs] == ["length", "length"]
+        assert 0 < len(beams[-1].outputs[0].token_ids) < 100
+        await idle(engine, fake)

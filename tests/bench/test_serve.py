@@ -45,7 +45,7 @@ def test_an_exchange(rig: Rig, backend: Backend) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "key", "error"),
-    [("hi", "wrong", "status 401"), ("!fail", "key", "not finite"), ("!full", "key", "status 503"), ("!bug", "key", "internal error")],
+    [("hi", "wrong", "status 401"), ("!fail", "key", "not finite"), ("!full", "key", "status 429"), ("!bug", "key", "internal error")],
 )
 def test_failures_are_noted(rig: Rig, prompt: str, key: str, error: str) -> None:
     assert error in _send(rig, prompt, key=key, max_tokens=12).error

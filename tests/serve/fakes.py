@@ -27,6 +27,7 @@ from pagoda.base.types import (
 from pagoda.engine.stats import EngineStats
 from pagoda.serve.app import build_app
 from pagoda.serve.context import ModelContext, ServerState
+from pagoda.serve.server import cut_connection, tls_options
 from pagoda.text.output import TextState
 from pagoda.text.tokenizer import Tokenizer
 
@@ -239,15 +240,18 @@ class Rig:
     @contextlib.contextmanager
     def running(self) -> Iterator[Rig]:
         sock = socket.create_server(("127.0.0.1", 0))
-        self.base_url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        scheme = "http" if self.state.config.ssl_certfile is None else "https"
+        self.base_url = f"{scheme}://127.0.0.1:{sock.getsockname()[1]}"
         config = uvicorn.Config(
             build_app(self.state),
             log_level="critical",
             lifespan="off",
             timeout_graceful_shutdown=2,
             root_path=self.state.config.root_path,
+            **tls_options(self.state.config),
         )
         server = uvicorn.Server(config)
+        self.state.drop_connection = lambda scope: cut_connection(server, scope)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         try:

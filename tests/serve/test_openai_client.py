@@ -214,8 +214,8 @@ def test_errors_have_openai_types(client: openai.OpenAI) -> None:
     assert bad.value.param == "messages"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="nope", messages=MESSAGES)
-    with pytest.raises(openai.InternalServerError) as full:
+    with pytest.raises(openai.RateLimitError) as full:
         client.completions.create(model=MODEL, prompt="!full")
-    assert full.value.status_code == 503
+    assert full.value.response.headers["retry-after"] == "1"
     with pytest.raises(openai.APIError, match="not finite"):
         list(client.completions.create(model=MODEL, prompt="!fail", stream=True))

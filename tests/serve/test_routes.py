@@ -147,7 +147,7 @@ def test_openapi(http: httpx.Client) -> None:
     assert {"messages", "temperature", "top_k", "stream_options"} <= set(chat["properties"]) and chat["required"] == ["messages"]
     assert chat["properties"]["messages"]["items"] == {"$ref": "#/components/schemas/ChatMessage"}
     post = document["paths"][CHAT]["post"]
-    assert set(post["responses"]) == {"200", "400", "401", "404", "413", "500", "503"}
+    assert set(post["responses"]) == {"200", "400", "401", "404", "413", "429", "500", "503", "504"}
     assert "text/event-stream" in post["responses"]["200"]["content"]
     ids = [op["operationId"] for path in document["paths"].values() for op in path.values()]
     assert len(ids) == len(set(ids)) and all(re.fullmatch(r"[a-z0-9_.]+", name) for name in ids)
