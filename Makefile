@@ -7,7 +7,7 @@ NATIVE := hatch_build.py $(shell find pagoda/csrc -name '*.cpp' -o -name '*.h' 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long check wheel bench clean
+.PHONY: help setup serve test test-long check wheel bench bench-scale clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,7 @@ test: $(VENV)/.test ## run the test suite
 
 test-long: $(VENV)/.test ## the tests that take minutes
 	$(BIN)/python -m pytest -m "long" $(ARGS)
+	sh scripts/sanitize.sh $(BIN)/python tests/kernels
 
 check: $(VENV)/.lint ## run the linters
 	$(BIN)/ruff check .
@@ -50,9 +51,16 @@ check: $(VENV)/.lint ## run the linters
 wheel: $(VENV)/.runtime ## build one binary wheel with all instruction sets and test it where there is no compiler
 	sh scripts/build_wheel.sh $(BIN)/python
 
-bench: $(VENV)/.runtime ## throughput and latency of the default model on this machine
-	$(BIN)/pagoda bench throughput
-	$(BIN)/pagoda bench latency
+# matplotlib draws the reports' plots
+$(VENV)/.bench: $(VENV)/.runtime
+	$(PIP) install --quiet matplotlib
+	@touch $@
+
+bench: $(VENV)/.bench ## workloads W1 to W6 of the default model beside this machine's ceilings, into docs/benchmarks
+	$(BIN)/python benchmarks/workloads.py --report $(ARGS)
+
+bench-scale: $(VENV)/.bench ## what scheduling costs by running requests and blocks
+	$(BIN)/python benchmarks/scale.py --report
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) build dist

@@ -1,0 +1,17 @@
+#!/bin/sh
+# Builds the native library with AddressSanitizer and UndefinedBehaviorSanitizer in a copy of the tree, and runs the kernels' tests
+# on it. Anything either of them finds ends the run.
+# usage: sanitize.sh PYTHON [pytest arguments]
+set -eu
+python=$(realpath -s "$1")
+shift
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cp -r pagoda tests pyproject.toml "$folder"
+rm -rf "$folder/pagoda/csrc/build" "$folder"/pagoda/kernels/cpu/*.so
+cd "$folder"
+compiler=${CXX:-g++}
+CXX="$compiler -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" "$python" pagoda/csrc/build.py
+runtime=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so):$("$compiler" -print-file-name=libstdc++.so.6)
+PYTHONPATH=$folder LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+    "$python" -m pytest -q -p no:cacheprovider --timeout 1200 "${@:-tests/kernels}"
