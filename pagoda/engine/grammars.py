@@ -128,4 +128,5 @@ class Grammars:
 
 
 def _fill(rows: list[tuple[int, Guide]]) -> Masks:
+    """In the thread of the masks."""
     return Masks(slots=[slot for slot, _ in rows], words=b"".join([guide.mask() for _, guide in rows]))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Undecided", "fits", "type_of"]
+__all__ = ["Checker", "Undecided", "type_of"]
 
 Resolve = Callable[[str], Any]  # `$ref` -> schema; raises Undecided
 
@@ -54,64 +54,71 @@ def type_of(value: Any) -> str:
     return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
 
 
-def fits(value: Any, schema: Any, resolve: Resolve, depth: int = 0) -> bool:
-    """Raises Undecided where this cannot be said."""
-    if isinstance(schema, bool):
-        return schema
-    if depth > _MAX_DEPTH or not isinstance(schema, Mapping):
-        raise Undecided("too deep, or no schema")
-    return all(_fits_keyword(value, key, schema, resolve, depth + 1) for key in schema)
-
-
-def _fits_keyword(value: Any, key: str, schema: Mapping[str, Any], resolve: Resolve, depth: int) -> bool:
-    wanted = schema[key]
-
-    def inner(item: Any, sub: Any) -> bool:
-        return fits(item, sub, resolve, depth)
-
-    if key in _ANNOTATIONS or key in ("then", "else", "additionalItems"):
-        if key == "additionalItems" and isinstance(schema.get("items"), list):
-            raise Undecided(key)
-        return True
-    if key == "type":
-        kinds = wanted if isinstance(wanted, list) else [wanted]
-        kind = type_of(value)
-        return kind in kinds or (kind == "integer" and "number" in kinds)
-    if key == "enum":
-        return any(_equal(value, item) for item in wanted)
-    if key == "const":
-        return _equal(value, wanted)
-    if key in _NUMBERS:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return not is_number or _NUMBERS[key](value, wanted)
-    if key in _SIZES:
-        kind_, holds = _SIZES[key]
-        return type(value) is not kind_ or bool(holds(len(value), wanted))  # type: ignore[arg-type]
-    if key == "pattern":
-        return not isinstance(value, str) or _searches(wanted, value)
-    if key == "$ref":
-        return inner(value, resolve(wanted))
-    if key == "allOf":
-        return all([inner(value, sub) for sub in wanted])
-    if key == "anyOf":
-        return any([inner(value, sub) for sub in wanted])
-    if key == "oneOf":
-        return sum([inner(value, sub) for sub in wanted]) == 1
-    if key == "not":
-        return not inner(value, wanted)
-    if key == "if":
-        return inner(value, schema.get("then" if inner(value, wanted) else "else", True))
-    if isinstance(value, dict):
-        return _fits_object(value, key, schema, inner)
-    if isinstance(value, list):
-        return _fits_array(value, key, schema, inner)
-    if key in _OBJECT_KEYS or key in _ARRAY_KEYS:
-        return True
-    raise Undecided(key)
-
-
 _OBJECT_KEYS = frozenset(["properties", "patternProperties", "additionalProperties", "required", "propertyNames", "dependencies", "dependentRequired", "dependentSchemas"])
 _ARRAY_KEYS = frozenset(["items", "prefixItems", "contains", "uniqueItems"])
+
+
+class Checker:
+    """Looks at no more than `budget` pairs of a value and a schema, over all its calls."""
+
+    def __init__(self, resolve: Resolve, budget: int = 200_000) -> None:
+        self._resolve, self._budget = resolve, budget
+
+    def fits(self, value: Any, schema: Any, depth: int = 0) -> bool:
+        """Raises Undecided where this cannot be said."""
+        if isinstance(schema, bool):
+            return schema
+        self._budget -= 1
+        if self._budget < 0 or depth > _MAX_DEPTH or not isinstance(schema, Mapping):
+            raise Undecided("too much, too deep, or no schema")
+        return all(self._fits_keyword(value, key, schema, depth + 1) for key in schema)
+
+    def _fits_keyword(self, value: Any, key: str, schema: Mapping[str, Any], depth: int) -> bool:
+        wanted = schema[key]
+
+        def inner(item: Any, sub: Any) -> bool:
+            return self.fits(item, sub, depth)
+
+        if key in _ANNOTATIONS or key in ("then", "else", "additionalItems"):
+            if key == "additionalItems" and isinstance(schema.get("items"), list):
+                raise Undecided(key)
+            return True
+        if key == "type":
+            kinds = wanted if isinstance(wanted, list) else [wanted]
+            kind = type_of(value)
+            return kind in kinds or (kind == "integer" and "number" in kinds)
+        if key == "enum":
+            self._budget -= len(wanted) // 8
+            return any(_equal(value, item) for item in wanted)
+        if key == "const":
+            return _equal(value, wanted)
+        if key in _NUMBERS:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            return not is_number or _NUMBERS[key](value, wanted)
+        if key in _SIZES:
+            kind_, holds = _SIZES[key]
+            return type(value) is not kind_ or bool(holds(len(value), wanted))  # type: ignore[arg-type]
+        if key == "pattern":
+            return not isinstance(value, str) or _searches(wanted, value)
+        if key == "$ref":
+            return inner(value, self._resolve(wanted))
+        if key == "allOf":
+            return all([inner(value, sub) for sub in wanted])
+        if key == "anyOf":
+            return any([inner(value, sub) for sub in wanted])
+        if key == "oneOf":
+            return sum([inner(value, sub) for sub in wanted]) == 1
+        if key == "not":
+            return not inner(value, wanted)
+        if key == "if":
+            return inner(value, schema.get("then" if inner(value, wanted) else "else", True))
+        if isinstance(value, dict):
+            return _fits_object(value, key, schema, inner)
+        if isinstance(value, list):
+            return _fits_array(value, key, schema, inner)
+        if key in _OBJECT_KEYS or key in _ARRAY_KEYS:
+            return True
+        raise Undecided(key)
 
 
 def _fits_object(value: dict[str, Any], key: str, schema: Mapping[str, Any], inner: Callable[[Any, Any], bool]) -> bool:
@@ -166,12 +173,12 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-_NESTED_REPEAT = re.compile(r"[*+}]\)*[*+{]")
+_REPEAT = re.compile(r"[*+{]")
 
 
 def _searches(pattern: str, text: str) -> bool:
     """Patterns that Python's backtracking could take for ever on are left undecided."""
-    if len(pattern) > 200 or len(text) > 1000 or _NESTED_REPEAT.search(pattern):
+    if len(pattern) > 200 or len(text) > 200 or len(_REPEAT.findall(pattern)) > 3 or re.search(r"\)[*+{]", pattern):
         raise Undecided("pattern")
     try:
         return re.search(pattern, text) is not None

@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pagoda.base.errors import InvalidRequest
-from pagoda.structured.instance import Undecided, fits
+from pagoda.structured.instance import Checker, Undecided
 
 __all__ = ["MAX_DEPTH", "Normalizer", "check_size"]
 
 MAX_DEPTH = 64
 MAX_NODES = 50_000
+MAX_STEPS = 4 * MAX_NODES  # of rewriting
 _MAX_SPLIT = 8  # schemas in a `oneOf` that is written out
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -84,15 +85,24 @@ class Normalizer:
         self.notes: list[str] = []
         self._root, self._is_regex, self._closes_objects = root, is_regex, closes_objects
         self._splits_one_of, self._keeps_patterns = splits_one_of, keeps_patterns
+        self._checker = Checker(self._resolve)
+        self._num_steps = 0
 
     def run(self) -> Any:
         return self._schema(self._root)
 
     # ---- one schema
 
+    def _step(self) -> None:
+        """Schemas can be written that grow without bound when they are rewritten."""
+        self._num_steps += 1
+        if self._num_steps > MAX_STEPS:
+            raise InvalidRequest("the JSON schema is too complex to be enforced", param="response_format")
+
     def _schema(self, schema: Any) -> Any:
         if not isinstance(schema, Mapping):
             return schema
+        self._step()
         listed = self._listed(schema)
         if listed is not None:
             return listed
@@ -194,7 +204,8 @@ class Normalizer:
         if others == ["type"] and all(isinstance(value, str) for value in values):
             return None
         try:
-            kept = [value for value in values if fits(value, schema, self._resolve)]
+            rules = {key: schema[key] for key in schema if key != ("const" if "const" in schema else "enum")}
+            kept = [value for value in values if self._checker.fits(value, rules)]
         except (Undecided, TypeError, ArithmeticError, RecursionError):
             return None
         rest = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
@@ -223,6 +234,7 @@ class Normalizer:
         """A schema for everything else. Raises _NoOpposite."""
         if isinstance(schema, bool):
             return not schema
+        self._step()
         if depth > 16 or not isinstance(schema, Mapping):
             raise _NoOpposite
         keys = [key for key in schema if key not in _META]

@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from pagoda.base.errors import InvalidRequest
+from pagoda.base.log import get_logger
 
 __all__ = ["GrammarCompiler", "Matcher", "Vocabulary"]
+
+logger = get_logger("structured")
 
 _LIMITS: dict[str, Any] = {  # per grammar: a hostile one ends in an error within milliseconds, see llguidance's LLParserLimits
     "step_lexer_fuel": 500_000,
@@ -41,9 +44,14 @@ class Matcher:
     def mask(self) -> bytes:
         """Bit v of the little-endian words allows token v: (ceil(vocab / 32)) uint32. End tokens only where the grammar may end.
 
-        After an error nothing is allowed but an end token, and `accept` says what went wrong.
+        Never raises: after an error no token is allowed, or only an end token, and `accept` says what went wrong. So one grammar's
+        trouble does not become that of the step.
         """
-        bits: bytes = self._inner.compute_bitmask()
+        try:
+            bits: bytes = self._inner.compute_bitmask()
+        except Exception as error:
+            logger.error("a grammar's mask failed: %s", error)
+            bits = b""
         return bits[: self._num_mask_bytes].ljust(self._num_mask_bytes, b"\0")
 
     def accept(self, token_id: int) -> str | None:

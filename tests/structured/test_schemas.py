@@ -13,7 +13,7 @@ import pytest
 from benchmarks.structured_score import END, Bytes, Score, accepts, judge
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.types import StructuredOutputsParams
-from pagoda.structured.instance import Undecided, fits
+from pagoda.structured.instance import Checker, Undecided
 from pagoda.structured.matcher import GrammarCompiler, Matcher
 from pagoda.structured.translate import translate
 
@@ -89,7 +89,7 @@ def test_json_schema_test_suite(shared_data: Path) -> None:
         for group in json.loads(path.read_text(encoding="utf-8")):
             for test in group["tests"]:
                 try:
-                    found = fits(test["data"], group["schema"], _undecided)
+                    found = Checker(_undecided).fits(test["data"], group["schema"])
                 except Undecided:
                     counts["undecided"] += 1
                     continue
@@ -195,6 +195,12 @@ def test_bad_ones_are_refused(params: dict[str, Any], message: str) -> None:
         {"json": {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": f"^(a|b)*a(a|b){{{i % 30}}}$"} for i in range(500)}}},
         {"json": {"oneOf": [{"not": {"oneOf": [{"not": {"oneOf": [{"required": [str(i)]} for i in range(8)]}}] * 8}}] * 8}},
         {"grammar": "start: a\na: a a | \"x\""},
+        {"json": {"not": {"$ref": "#/$defs/d0"}, "$defs": {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 8} for i in range(20)}}},
+        {"json": {"enum": list(range(20_000)), "anyOf": [{"const": -i} for i in range(9000)]}},
+        {"json": {"enum": list(range(40_000)), "minimum": 5}},
+        {"json": {"enum": list(range(20_000)), "allOf": [{"enum": list(range(20_000))}]}},
+        {"json": {"enum": ["a" * 150 + "!"], "pattern": "^(a|a)*$"}},
+        {"json": {"const": 1, "allOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}] * 2}}}},
     ],
 )
 def test_hostile_ones_end_soon(params: dict[str, Any]) -> None:
