@@ -6,8 +6,9 @@ namespace pg::checks {
 
 static inline bool activations(const pg_tensor& t) { return t.data && t.dtype == PG_F32 && t.stride >= t.cols && t.cols > 0; }
 static inline bool index(const pg_tensor& t) { return t.data && (t.dtype == PG_I32 || t.dtype == PG_I64); }
-static inline bool packed(const pg_tensor& t) { return t.data && t.dtype >= PG_W_F32 && t.dtype <= PG_W_Q4_1 && t.rows > 0; }
-static inline bool blocks_fit(const pg_tensor& w) { return w.dtype < PG_W_Q8_0 || w.cols % 32 == 0; }
+static inline bool blocks(const pg_tensor& t) { return (t.dtype & ~PG_W_INT8) >= PG_W_Q8_0 && (t.dtype & ~PG_W_INT8) <= PG_W_Q6_K; }
+static inline bool packed(const pg_tensor& t) { return t.data && t.rows > 0 && (blocks(t) || t.dtype == PG_W_F32 || t.dtype == PG_W_BF16); }
+static inline bool blocks_fit(const pg_tensor& w) { return !blocks(w) || w.cols % ((w.dtype & ~PG_W_INT8) >= PG_W_Q4_K ? 256 : 32) == 0; }
 static inline bool same_cols(const pg_tensor& a, const pg_tensor& b) { return a.cols == b.cols; }
 
 static inline const char* embedding(const Call& c) {

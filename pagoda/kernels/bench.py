@@ -1,6 +1,6 @@
 """How fast each op is, beside what this machine can do: GB/s and GFLOP/s per op and shape.
 
-    python -m pagoda.kernels.bench [--threads N] [--isa NAME] [--only linear,attention] [--roofline]
+    python -m pagoda.kernels.bench [--threads N] [--isa NAME] [--only linear,attention] [--shape q4_1] [--roofline]
 
 Each row runs as a recorded program of many copies of one op, so that what is timed is the kernel and its barriers, not
 Python. Weights are rotated over more memory than the caches hold, as a model's layers are.
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pagoda.kernels import ops
+from pagoda.kernels import gguf_blocks, ops
 from pagoda.kernels.cpu import library
 from pagoda.kernels.kv import allocate_kv_plane
 from pagoda.kernels.record import Recorder
-from pagoda.kernels.weight import FORMATS, Weight, pack
+from pagoda.kernels.weight import FORMATS, GgmlRows, Weight, pack, packed_nbytes, storage_of, width_unit
 
 __all__ = ["ROWS", "Row", "main", "measure"]
 
@@ -50,12 +50,18 @@ def _x(recorder: Recorder, rows: int, cols: int) -> Array:
 
 
 def _weights(format: str, n: int, k: int, copies: int) -> list[Weight]:
-    first = pack(format, [np.random.default_rng(1).standard_normal((n, k), np.float32)])
+    rng = np.random.default_rng(1)
+    if width_unit(format) == 256:
+        kind = storage_of(format).upper()
+        values, nbytes = gguf_blocks.BLOCK_SIZES[kind]
+        first = pack(format, [GgmlRows(kind, rng.integers(0, 60, (n, k // values * nbytes), np.uint8))])
+    else:
+        first = pack(format, [rng.standard_normal((n, k), np.float32)])
     return [first, *(Weight(format, (n, k), first.data.copy()) for _ in range(copies - 1))]
 
 
 def _linear(format: str, rows: int, k: int, n: int) -> Row:
-    nbytes = n * k * {"f32": 4, "bf16": 2, "q8_0": 1.0625, "q4_0": 0.5625, "q4_1": 0.625}[format]
+    nbytes = packed_nbytes(format, n, k)
     copies = max(2, min(64, int(COLD_BYTES / nbytes))) if rows <= 32 else 2
 
     def build(recorder: Recorder, times: int) -> list[Array]:
@@ -168,7 +174,8 @@ def _logits(rows: int) -> Iterator[Row]:
 
 
 def _rows() -> list[Row]:
-    rows = [_linear(f, t, k, n) for f in FORMATS for k, n in ((576, 3072), (1536, 576)) for t in (1, 4, 32, 512)]
+    shapes = {1: ((576, 3072), (1536, 576)), 32: ((576, 3072), (1536, 576)), 256: ((512, 3072), (1536, 576))}
+    rows = [_linear(f, t, k, n) for f in FORMATS for k, n in shapes[width_unit(f)] for t in (1, 4, 32, 512)]
     rows += [_linear("q8_0", t, 576, 49152) for t in (1, 32)]
     for dtype in ("bfloat16", "float32"):
         rows += [_attention(dtype, *s) for s in ((1, 1, 128), (1, 1, 2048), (32, 1, 256), (1, 512, 512), (1, 2048, 2048))]
@@ -204,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="threads, the caller included (default: all)")
     parser.add_argument("--isa", help="instruction set (default: the best)")
     parser.add_argument("--only", default="", help="ops to measure, separated by commas")
+    parser.add_argument("--shape", default="", help="only rows whose shape has this in it, as `q4_1 512`")
     parser.add_argument("--roofline", action="store_true", help="first measure what the machine can do (needs a compiler)")
     options = parser.parse_args(arguments)
     lib = library.default()
@@ -217,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(subprocess.run([build["build_roofline"](), str(lib.num_threads)], capture_output=True, text=True, check=True).stdout)
     only = set(options.only.split(",")) - {""}
     for row in ROWS:
-        if only and row.op not in only:
+        if (only and row.op not in only) or options.shape not in row.shape:
             continue
         took = measure(row)
         rates = f"{row.nbytes / took / 1e9:8.1f} GB/s {row.flops / took / 1e9:8.1f} GFLOP/s"

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["BLOCK_SIZES", "dequantize", "quantize"]
+__all__ = ["BLOCK_SIZES", "K_INTEGERS", "dequantize", "quantize", "six_bit_scales"]
 
 Blocks: TypeAlias = np.ndarray  # uint8 (num_blocks, bytes per block)
 Values: TypeAlias = Any  # float32 (num_blocks, values per block); arithmetic on arrays is untyped
@@ -80,7 +80,7 @@ def _q3_k(b: Blocks) -> Values:
     return ((d * scales)[:, :, None] * q.reshape(-1, 16, 16)).reshape(-1, 256)
 
 
-def _six_bit_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def six_bit_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """12 bytes -> 8 scales and 8 minima of 6 bits each, as Q4_K and Q5_K store them."""
     scales = np.concatenate([s[:, :4] & 63, (s[:, 8:12] & 15) | ((s[:, :4] >> 6) << 4)], axis=1)
     minima = np.concatenate([s[:, 4:8] & 63, (s[:, 8:12] >> 4) | ((s[:, 4:8] >> 6) << 4)], axis=1)
@@ -88,7 +88,7 @@ def _six_bit_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _four_bit_k(b: Blocks, q: np.ndarray) -> Values:
-    scales, minima = _six_bit_scales(b[:, 4:16])
+    scales, minima = six_bit_scales(b[:, 4:16])
     step, offset = _f16(b, 0) * scales, _f16(b, 2) * minima
     return (step[:, :, None] * q.astype(np.float32) - offset[:, :, None]).reshape(-1, 256)
 
@@ -99,21 +99,37 @@ def _nibble_planes(qs: np.ndarray) -> np.ndarray:
     return (np.concatenate([runs & 15, runs >> 4], axis=2)).reshape(-1, 8, 32)
 
 
-def _q4_k(b: Blocks) -> Values:
-    return _four_bit_k(b, _nibble_planes(b[:, 16:144]))
+def _q4_k_integers(b: Blocks) -> np.ndarray:
+    return _nibble_planes(b[:, 16:144])
 
 
-def _q5_k(b: Blocks) -> Values:
+def _q5_k_integers(b: Blocks) -> np.ndarray:
     bits = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[None, :, None]) & 1
-    return _four_bit_k(b, _nibble_planes(b[:, 48:176]) | (bits << 4))
+    return _nibble_planes(b[:, 48:176]) | (bits << 4)
 
 
-def _q6_k(b: Blocks) -> Values:
+def _q6_k_integers(b: Blocks) -> np.ndarray:
     low = b[:, :128].reshape(-1, 2, 1, 64)
     low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
     high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
-    q = (low | (high << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
+    return np.asarray(low | (high << 4))
+
+
+K_INTEGERS = {"Q4_K": _q4_k_integers, "Q5_K": _q5_k_integers, "Q6_K": _q6_k_integers}
+"""Type name -> function of blocks (n, bytes) that gives the stored integers, uint8, 256 a block, in order of K."""
+
+
+def _q4_k(b: Blocks) -> Values:
+    return _four_bit_k(b, _q4_k_integers(b))
+
+
+def _q5_k(b: Blocks) -> Values:
+    return _four_bit_k(b, _q5_k_integers(b))
+
+
+def _q6_k(b: Blocks) -> Values:
+    q = _q6_k_integers(b).reshape(-1, 16, 16).astype(np.float32) - 32
     scales = b[:, 192:208].view(np.int8).astype(np.float32)
     return ((_f16(b, 208) * scales)[:, :, None] * q).reshape(-1, 256)
 

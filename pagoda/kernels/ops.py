@@ -58,7 +58,8 @@ def linear(
 ) -> Array:
     """y = x W^T + bias + residual. W is (N, K) packed. `out` may be a column slice, or `residual` itself. -> y_TN float32.
 
-    Activations are rounded to bfloat16 for bf16 weights and to 16-bit integers in blocks of 32 for quantised ones.
+    Activations are rounded to bfloat16 for bf16 weights; for block formats to integers in blocks of 32, of 16 bits, or of 8
+    where the format ends in `_a8`.
     """
     return lookup("linear", x_TK)(x_TK, weight, bias_N, residual=residual, out=out)
 

@@ -13,9 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pagoda.kernels import ops
+from pagoda.kernels import gguf_blocks, ops
 from pagoda.kernels.kv import KvPlane, allocate_kv_plane
-from pagoda.kernels.weight import FORMATS, Weight, pack
+from pagoda.kernels.weight import FORMATS, GgmlRows, Weight, pack, storage_of, width_unit
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -40,26 +40,53 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def int16_blocks(x_TK: np.ndarray) -> np.ndarray:
-    """Activations rounded to 16 bits in blocks of 32, as the block formats' products round them."""
+def rounded(x_TK: np.ndarray, format: str) -> np.ndarray:
+    """Activations as the format's product takes them; block formats round them in blocks of 32."""
+    if format in ("f32", "bf16"):
+        return bf16(x_TK) if format == "bf16" else x_TK
     blocks = x_TK.reshape(len(x_TK), -1, 32)
-    scale = np.abs(blocks).max(axis=2, keepdims=True) / 32767
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / (127 if format.endswith("_a8") else 32767)
     scale[scale == 0] = 1
     return (np.rint(blocks / scale) * scale).reshape(x_TK.shape).astype(np.float32)
 
 
+def random_rows(rng: np.random.Generator, kind: str, n: int, k: int) -> np.ndarray:
+    """Valid blocks of any type: random bytes, then finite scales where the format keeps half floats."""
+    values, num_bytes = gguf_blocks.BLOCK_SIZES[kind]
+    blocks = rng.integers(0, 256, (n * k // values, num_bytes), np.uint8)
+    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
+    if kind == "F16":
+        blocks = normal(rng, n * k, 1).astype(np.float16).view(np.uint8)
+    elif kind == "BF16":
+        blocks = normal(rng, n * k, 1).astype(ml_dtypes.bfloat16).view(np.uint8)
+    else:
+        for at in halves.get(kind, (0,)):
+            blocks[:, at : at + 2] = normal(rng, len(blocks), 1).astype(np.float16).view(np.uint8)
+    return blocks.reshape(n, -1)
+
+
 def weight(rng: np.random.Generator, format: str, n: int, k: int) -> Weight:
-    return pack(format, [normal(rng, n, k) / np.sqrt(k)])
+    """Random weights of about 1 / sqrt(k); formats without a quantizer get random blocks. k must suit the format."""
+    if width_unit(format) < 256:
+        return pack(format, [normal(rng, n, k) / np.sqrt(k)])
+    kind = storage_of(format).upper()
+    return pack(format, [GgmlRows(kind, random_rows(rng, kind, n, k))])
+
+
+def width_for(format: str, k: int) -> int:
+    """k, or what is next to it that the format can be of."""
+    return -(-k // width_unit(format)) * width_unit(format)
 
 
 def naive_linear(x: np.ndarray, w: Weight, bias: np.ndarray | None = None, *, residual: np.ndarray | None = None, **_: Any) -> np.ndarray:
-    rounded = {"f32": lambda v: v, "bf16": bf16}.get(w.format, int16_blocks)(x)
-    y = rounded @ w.dense.T
+    y = rounded(x, w.format) @ w.dense.T
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
 
 
 def linear_case(format: str, rows: int, k: int, n: int, extras: str) -> Case:
+    k = width_for(format, k)
+
     def make(rng: np.random.Generator) -> Arguments:
         wide = normal(rng, rows, k + 7)
         x = wide[:, 3 : 3 + k]  # a column slice
@@ -138,7 +165,7 @@ def _cases() -> list[Case]:
     cases += [linear_case(f, 5, 37, 20, "b") for f in ("f32", "bf16")]
     cases += [linear_case(f, 70, 64, 128, "b") for f in FORMATS]
     for format in FORMATS:
-        cases.append(Case("embedding", format, lambda rng, f=format: ((rng.integers(0, 50, 9), weight(rng, f, 50, 64)), {"scale": 1.5})))
+        cases.append(Case("embedding", format, lambda rng, f=format: ((rng.integers(0, 50, 9), weight(rng, f, 50, width_for(f, 64))), {"scale": 1.5})))
     cases.append(Case("embedding", "bf16-odd", lambda rng: ((rng.integers(0, 7, 3).astype(np.int32), weight(rng, "bf16", 7, 9)), {})))
     for width, group in ((64, 64), (24, 24), (192, 64), (40, 8), (576, 576)):
         cases.append(Case("rms_norm", f"{width}-by-{group}", lambda rng, w=width, g=group: ((normal(rng, 5, w), normal(rng, g)), {"eps": 1e-5})))

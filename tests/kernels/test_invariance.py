@@ -12,7 +12,7 @@ from pagoda.kernels.cpu import library
 from pagoda.kernels.kv import allocate_kv_plane
 from pagoda.kernels.weight import FORMATS
 
-from .cases import normal, rope_table, sample_inputs, weight
+from .cases import normal, rope_table, sample_inputs, weight, width_for
 
 BATCHES = (1, 2, 5, 9, 33, 65)
 
@@ -26,7 +26,7 @@ def threads(request: pytest.FixtureRequest, isa: str) -> Iterator[int]:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("k", "n"), [(64, 160), (576, 50)])
 def test_linear(format: str, k: int, n: int, threads: int) -> None:
-    rng = np.random.default_rng(3)
+    rng, k = np.random.default_rng(3), width_for(format, k)
     w, bias, x = weight(rng, format, n, k), normal(rng, n), normal(rng, 65, k)
     residual = normal(rng, 65, n)
     library.default().set_threads(1)

@@ -6,27 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pagoda.kernels import gguf_blocks
-from pagoda.kernels.weight import FORMATS, GgmlRows, pack, packed_nbytes, unpack
+from pagoda.kernels import gguf_blocks, ops
+from pagoda.kernels.weight import FORMATS, GgmlRows, Weight, pack, packed_nbytes, storage_of, unpack, width_unit
 
-from .cases import bf16, normal
+from .cases import bf16, normal, random_rows, weight
 
 KINDS = [name for name in gguf_blocks.BLOCK_SIZES if name != "F32"]
-
-
-def random_rows(rng: np.random.Generator, kind: str, n: int, k: int) -> np.ndarray:
-    """Valid blocks of any type: random bytes, then finite scales where the format keeps half floats."""
-    values, num_bytes = gguf_blocks.BLOCK_SIZES[kind]
-    blocks = rng.integers(0, 256, (n * k // values, num_bytes), np.uint8)
-    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
-    if kind == "F16":
-        blocks = normal(rng, n * k, 1).astype(np.float16).view(np.uint8)
-    elif kind == "BF16":
-        blocks = normal(rng, n * k, 1).astype(ml_dtypes.bfloat16).view(np.uint8)
-    else:
-        for at in halves.get(kind, (0,)):
-            blocks[:, at : at + 2] = normal(rng, len(blocks), 1).astype(np.float16).view(np.uint8)
-    return blocks.reshape(n, -1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,17 +32,39 @@ def test_quantize_errs_by_half_a_step(kind: str) -> None:
     assert (error <= span * (1.01 if kind == "Q4_0" else 0.51) + 2e-3).all()  # Q4_0 clips at +7 steps
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
-def test_blocks_are_kept_as_they_are(kind: str) -> None:
+@pytest.mark.parametrize("activations", ["", "_a8"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_are_kept_as_they_are(kind: str, activations: str) -> None:
     rng = np.random.default_rng(3)
-    parts = [random_rows(rng, kind, n, 64) for n in (20, 7, 33)]  # panels run across parts
-    packed = pack(kind.lower(), [GgmlRows(kind, rows) for rows in parts])
+    parts = [random_rows(rng, kind, n, 512) for n in (20, 7, 33)]  # panels run across parts
+    packed = pack(kind.lower() + activations, [GgmlRows(kind, rows) for rows in parts])
     expected = np.concatenate([gguf_blocks.dequantize(kind, rows) for rows in parts])
-    assert packed.shape == (60, 64)
+    assert packed.shape == (60, 512)
+    assert packed.nbytes == packed_nbytes(packed.format, 60, 512)
     np.testing.assert_array_equal(unpack(packed), expected)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_packed_k_quants_are_what_the_gguf_package_says(kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    rows = random_rows(np.random.default_rng(6), kind, 33, 768)
+    expected = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_allclose(pack(kind.lower(), [GgmlRows(kind, rows)]).dense, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k"])
+def test_8_bit_activations_are_exact_on_small_integers(storage: str, isa: str) -> None:
+    """Where rounding the activations changes nothing, only float sums are left between the two precisions."""
+    rng = np.random.default_rng(7)
+    w = weight(rng, storage, 40, 512)
+    x = rng.integers(-127, 128, (11, 512)).astype(np.float32)
+    x[:, ::32] = 127  # so that every block's step is one
+    got = ops.linear(x, Weight(f"{storage}_a8", w.shape, w.data))
+    expected = x.astype(np.float64) @ w.dense.T.astype(np.float64)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(x).sum(axis=1).max() * np.abs(w.dense).max())
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if width_unit(f) < 256])
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_floats_in_any_format(format: str, source: type) -> None:
     w = normal(np.random.default_rng(4), 1040, 64).astype(source)  # more rows than are converted at a time
@@ -65,7 +72,8 @@ def test_floats_in_any_format(format: str, source: type) -> None:
     exact = w.astype(np.float32)
     expected = {"f32": exact, "bf16": bf16(exact)}.get(format)
     if expected is None:
-        expected = gguf_blocks.dequantize(format.upper(), gguf_blocks.quantize(format.upper(), exact))
+        kind = storage_of(format).upper()
+        expected = gguf_blocks.dequantize(kind, gguf_blocks.quantize(kind, exact))
     np.testing.assert_array_equal(unpack(packed), expected)
     assert packed.nbytes == packed_nbytes(format, 1040, 64)
     assert packed.data.ctypes.data % 64 == 0
@@ -81,6 +89,9 @@ def test_bits_a_weight() -> None:
     assert packed_nbytes("q4_1", 512, 256) == 512 * 256 * 5 // 8
     assert packed_nbytes("q8_0", 512, 256) == 512 * 256 * 17 // 16
     assert packed_nbytes("q4_0", 512, 256) == 512 * 256 * 9 // 16
+    assert packed_nbytes("q4_k_a8", 512, 256) == 512 * 256 * 37 // 64
+    assert packed_nbytes("q5_k", 512, 256) == 512 * 256 * 45 // 64
+    assert packed_nbytes("q6_k", 512, 256) == 512 * 256 * 105 // 128
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
@@ -89,6 +100,10 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack("q3_k", [w])
     with pytest.raises(ValueError, match="multiple of 32"):
         pack("q8_0", [w])
+    with pytest.raises(ValueError, match="multiple of 256"):
+        pack("q4_k", [np.zeros((16, 96), np.float32)])
+    with pytest.raises(ValueError, match="no quantizer for `Q5_K`"):
+        pack("q5_k_a8", [np.zeros((16, 256), np.float32)])
     with pytest.raises(ValueError, match="different widths"):
         pack("f32", [w, np.zeros((16, 8), np.float32)])
     with pytest.raises(ValueError, match="whole number"):

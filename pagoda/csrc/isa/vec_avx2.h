@@ -8,6 +8,8 @@ constexpr int kTileRows = 4;
 constexpr int kTilePanels = 1;
 constexpr int kBlockRows = 3;
 constexpr int kBlockPanels = 1;
+constexpr int kStoredRows = 3;
+constexpr int kUnpackRows = 6;
 
 struct f32x16 { __m256 a, b; };
 struct i32x16 { __m256i a, b; };
@@ -69,17 +71,28 @@ PG_INLINE u8x64 load_bytes(const void* p) {
 template <int kShift, int kMask>
 PG_INLINE __m256i words_half(__m256i v) {
     if constexpr (kShift > 0) v = _mm256_srli_epi16(v, kShift);
-    return (kMask << kShift) >= 0xf000 ? v : _mm256_and_si256(v, _mm256_set1_epi16(kMask));
+    if constexpr (kShift < 0) v = _mm256_slli_epi16(v, -kShift);
+    return kMask == (0xffff >> (kShift > 0 ? kShift : 0)) ? v : _mm256_and_si256(v, _mm256_set1_epi16(kMask));
 }
 template <int kShift, int kMask>
 PG_INLINE i32x16 words(u8x64 v) { return {words_half<kShift, kMask>(v.a), words_half<kShift, kMask>(v.b)}; }
-PG_INLINE i32x16 load_pair(const char* p) {
-    int32_t pair;
-    __builtin_memcpy(&pair, p, 4);
-    return iset1(pair);
+PG_INLINE void store_bytes(void* p, u8x64 v) {
+    _mm256_storeu_si256((__m256i*)p, v.a);
+    _mm256_storeu_si256((__m256i*)p + 1, v.b);
 }
+PG_INLINE u8x64 either(u8x64 x, u8x64 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+PG_INLINE i32x16 load_word(const char* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return iset1(word);
+}
+PG_INLINE i32x16 round_i32(f32x16 v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
     return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b))};
+}
+PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) {   // in 16-bit words, which cannot saturate
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(b.a, 8), 8), odd = _mm256_srai_epi16(b.a, 8);
+    return dot_i16(dot_i16(acc, words<0, 255>(a), {even, even}), words<8, 255>(a), {odd, odd});
 }
 PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
     uint32_t pair;
@@ -89,3 +102,4 @@ PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
     acc = fma(unbits(shift_left<16>(w)), x0, acc);
     return fma(unbits(i32x16{_mm256_and_si256(w.a, high), _mm256_and_si256(w.b, high)}), x1, acc);
 }
+#include "isa/vec_plain.h"

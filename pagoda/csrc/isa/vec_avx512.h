@@ -9,6 +9,8 @@ constexpr int kTileRows = 6;     // rows x panels of accumulators a float produc
 constexpr int kTilePanels = 4;
 constexpr int kBlockRows = 6;    // the same of a block-quantised product
 constexpr int kBlockPanels = 2;
+constexpr int kStoredRows = 4;   // rows x 1 panel of one read where it is stored
+constexpr int kUnpackRows = 8;   // with more rows than these panels are unpacked first
 
 typedef __m512 f32x16;
 typedef __m512i i32x16;
@@ -53,16 +55,33 @@ PG_INLINE f32x16 load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 PG_INLINE u8x64 load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-// Each 16-bit word shifted right, then masked: integers for dot_i16.
+PG_INLINE void store_bytes(void* p, u8x64 v) { _mm512_storeu_si512(p, v); }
+PG_INLINE u8x64 either(u8x64 a, u8x64 b) { return _mm512_or_si512(a, b); }
+// Each 16-bit word shifted right (left when negative), then masked.
 template <int kShift, int kMask>
 PG_INLINE i32x16 words(u8x64 v) {
     if constexpr (kShift > 0) v = _mm512_srli_epi16(v, kShift);
-    return (kMask << kShift) >= 0xf000 ? v : _mm512_and_si512(v, _mm512_set1_epi16(kMask));
+    if constexpr (kShift < 0) v = _mm512_slli_epi16(v, -kShift);
+    return kMask == (0xffff >> (kShift > 0 ? kShift : 0)) ? v : _mm512_and_si512(v, _mm512_set1_epi16(kMask));
 }
-PG_INLINE i32x16 load_pair(const char* p) {   // two 16-bit integers, the same for all lanes
-    int32_t pair;
-    __builtin_memcpy(&pair, p, 4);
-    return iset1(pair);
+PG_INLINE i32x16 load_word(const char* p) {   // four bytes, the same for all lanes
+    int32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return iset1(word);
+}
+PG_INLINE f32x16 load_i8(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+// To the nearest integer, ties to even.
+PG_INLINE i32x16 round_i32(f32x16 v) { return _mm512_cvtps_epi32(v); }
+PG_INLINE int32_t sum_lanes(i32x16 v) { return _mm512_reduce_add_epi32(v); }
+// The bits of the largest |x| of both; not below 0x7f800000 when there is an infinity or a NaN.
+PG_INLINE int32_t largest_magnitude(f32x16 a, f32x16 b) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(bits(a), magnitude), _mm512_and_si512(bits(b), magnitude)));
+}
+PG_INLINE void store_i8(int8_t* p, i32x16 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
+// Of each four values the first, third, second, fourth.
+PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_shuffle_epi32(v, _MM_PERM_DBCA)));
 }
 // acc + a[0] b[0] + a[1] b[1] over the two signed 16-bit halves of each lane.
 #if defined(__AVX512VNNI__)
@@ -74,6 +93,16 @@ PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) { return _mm512_add_epi
 #if defined(__AVX512BF16__)
 #define PG_HAS_STORE_BF16   // else kernels/math.h has one
 PG_INLINE void store_bf16(uint16_t* p, f32x16 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+#endif
+
+// acc + the four products of unsigned bytes of a with signed bytes of b, per lane.
+#if defined(__AVX512VNNI__)
+PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) { return _mm512_dpbusd_epi32(acc, a, b); }
+#else
+PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) {   // in 16-bit words, which cannot saturate
+    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), odd = _mm512_srai_epi16(b, 8);
+    return dot_i16(dot_i16(acc, words<0, 255>(a), even), words<8, 255>(a), odd);
+}
 #endif
 
 // acc + w[0] x[0] + w[1] x[1] per lane: w pairs of bfloat16, x one pair for all lanes.

@@ -9,6 +9,8 @@ constexpr int kTileRows = 2;
 constexpr int kTilePanels = 1;
 constexpr int kBlockRows = 1;
 constexpr int kBlockPanels = 1;
+constexpr int kStoredRows = 1;
+constexpr int kUnpackRows = 4;
 
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
@@ -93,11 +95,20 @@ PG_INLINE f32x16 load_bf16(const uint16_t* p) {
 PG_INLINE u8x64 load_bytes(const void* p) { u8x64 r; __builtin_memcpy(&r, p, 64); return r; }
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 template <int kShift, int kMask>
-PG_INLINE i32x16 words(u8x64 a) { PG_EACH(i32x16, (i32x4)(((u16x8)a.v[k] >> kShift) & (u16x8{} + uint16_t(kMask)))); }
-PG_INLINE i32x16 load_pair(const char* p) {
-    int32_t pair;
-    __builtin_memcpy(&pair, p, 4);
-    return iset1(pair);
+PG_INLINE i32x16 words(u8x64 a) {
+    PG_EACH(i32x16, (i32x4)((kShift < 0 ? (u16x8)a.v[k] << (kShift < 0 ? -kShift : 0) : (u16x8)a.v[k] >> (kShift > 0 ? kShift : 0)) & (u16x8{} + uint16_t(kMask))));
+}
+PG_INLINE void store_bytes(void* p, u8x64 v) { __builtin_memcpy(p, &v, 64); }
+PG_INLINE u8x64 either(u8x64 a, u8x64 b) { PG_EACH(i32x16, a.v[k] | b.v[k]); }
+PG_INLINE i32x16 load_word(const char* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return iset1(word);
+}
+// Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+PG_INLINE i32x16 round_i32(f32x16 v) {
+    i32x16 shifted = bits(add(v, set1(12582912.0f)));
+    PG_EACH(i32x16, shifted.v[k] - 0x4B400000);
 }
 #if defined(__SSE2__)   // in every x86-64; the product of 16-bit integers is the one thing the plain vectors have no word for
 PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
@@ -108,6 +119,15 @@ PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
     PG_EACH(i32x16, acc.v[k] + ((a.v[k] << 16) >> 16) * ((b.v[k] << 16) >> 16) + (a.v[k] >> 16) * (b.v[k] >> 16));
 }
 #endif
+PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) {   // in 16-bit words, which cannot saturate
+    typedef int16_t i16x8 __attribute__((vector_size(16)));
+    i32x16 even, odd;
+    for (int k = 0; k < 4; ++k) {
+        even.v[k] = (i32x4)(((i16x8)b.v[k] << 8) >> 8);
+        odd.v[k] = (i32x4)((i16x8)b.v[k] >> 8);
+    }
+    return dot_i16(dot_i16(acc, words<0, 255>(a), even), words<8, 255>(a), odd);
+}
 PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
     uint32_t pair;
     __builtin_memcpy(&pair, x, 4);
@@ -115,3 +135,4 @@ PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
     PG_EACH(f32x16, (acc.v[k] + (f32x4)(w.v[k] << 16) * x0) + (f32x4)(w.v[k] & int32_t(0xffff0000u)) * x1);
 }
 #undef PG_EACH
+#include "isa/vec_plain.h"

@@ -11,6 +11,7 @@ struct SimpleOp {
 #include "kernels/pointwise.h"
 #include "kernels/norm.h"
 #include "kernels/linear_float.h"
+#include "kernels/blocks.h"
 #include "kernels/linear_blocks.h"
 #include "kernels/linear.h"
 #include "kernels/embedding.h"

@@ -1,13 +1,6 @@
 // Rows of a packed table, and rows of a matrix.
 #pragma once
 
-// Sixteen halves, one wanted: through the vector converter, so that every format decodes in one place.
-PG_INLINE float half_at(const char* p, int64_t i) {
-    float t[16];
-    store(t, load_f16(p));
-    return t[i];
-}
-
 struct embedding_op : SimpleOp {
     static void run(const Call& c, int, int, int num_threads) {
         const pg_tensor& table = c.t[1];
@@ -41,22 +34,25 @@ struct embedding_op : SimpleOp {
                 for (int64_t i = 0; i < k; ++i) y[i] = from_bf16(p[32 * (i / 2) + i % 2]);
                 return;
             }
-            case PG_W_Q8_0: return read_blocks<Q8_0>(w + panel * (k / 32) * Q8_0::kBytes, lane, k, y);
-            case PG_W_Q4_0: return read_blocks<Q4_0>(w + panel * (k / 32) * Q4_0::kBytes, lane, k, y);
-            default: return read_blocks<Q4_1>(w + panel * (k / 32) * Q4_1::kBytes, lane, k, y);
         }
+#define PG_READ(Format, Act) read_blocks<Format>(w + panel * panel_bytes<Format>(k), lane, k, y)
+        PG_BLOCK_FORMAT(table.dtype, PG_READ)
+#undef PG_READ
     }
 
+    // Unpacks a unit of the panel at a time and takes one output's values.
     template <class Format>
     static void read_blocks(const char* w, int64_t lane, int64_t k, float* y) {
-        for (int64_t b = 0; b < k / 32; ++b, w += Format::kBytes, y += 32) {
-            const float d = half_at(w, lane), m = Format::kHasMin ? half_at(w + 32, lane) : 0.0f;
-            const uint8_t* q = (const uint8_t*)w + (Format::kHasMin ? 64 : 32) + 4 * lane;
-            for (int i = 0; i < 32; ++i) {
-                int value;
-                if constexpr (Format::kBytes >= 512) value = q[64 * (i / 4) + i % 4];
-                else value = i < 16 ? q[64 * (i / 4) + i % 4] & 15 : q[64 * (i / 4 - 4) + i % 4] >> 4;
-                y[i] = d * float(value - Format::kZero) + m;
+        using Panel = UnpackedOf<Format, Int8>;
+        alignas(64) char unit[Format::kUnit / 32 * Panel::kBytes];
+        for (int64_t at = 0; at < k; at += Format::kUnit, w += Format::kBytes) {
+            unpack_panel<Format, Int8>(w, Format::kUnit, unit);
+            for (const char* block = unit; block < unit + sizeof unit; block += Panel::kBytes, y += 32) {
+                const float* scales = (const float*)block + lane;
+                const float m = Format::kHasMin ? scales[16 * Format::kGroups] : 0.0f;
+                const uint8_t* q = (const uint8_t*)block + Panel::kHead + 4 * lane;
+                for (int i = 0; i < 32; ++i)
+                    y[i] = scales[16 * (i * Format::kGroups / 32)] * float(q[64 * (i / 4) + i % 4] - Format::kZero) + m;
             }
         }
     }
