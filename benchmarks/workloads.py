@@ -211,6 +211,27 @@ def markdown(result: dict[str, Any], command: str) -> str:
     return "\n".join(lines)
 
 
+def compare(result: dict[str, Any]) -> list[str]:
+    """What moved against the newest committed report of the same title: ratios, larger is faster."""
+    earlier = sorted((ROOT / "docs/benchmarks").glob(f"*-{slug(result['title'])}.json"))
+    if not earlier:
+        return ["no earlier report to compare with: `--report` writes one"]
+    before = json.loads(earlier[-1].read_text())
+    lines = [f"against {earlier[-1].name} (ceilings then and now: memory {before['ceilings']['memory']:g} and "
+             f"{result['ceilings']['memory']:g} GB/s, bf16 {before['ceilings']['bf16']:g} and {result['ceilings']['bf16']:g} GFLOP/s)"]  # fmt: skip
+    for name, figures in result["medians"].items():
+        for key in (k for k in figures if k in before["medians"].get(name, {})):
+            old, new = before["medians"][name][key], figures[key]
+            ratio = new / old if key.endswith("/s") else old / new
+            flag = "  <-- slower" if ratio < 0.9 else "  <-- faster" if ratio > 1.1 else ""
+            lines.append(f"  {name:8s} {key:14s} {old:10.4g} -> {new:10.4g}   {ratio:5.2f}x{flag}")
+    return lines
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def plot(result: dict[str, Any], path: Path) -> bool:
     """Tokens per second by workload; False without matplotlib."""
     try:
@@ -241,6 +262,7 @@ def main() -> None:
     parser.add_argument("--title")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--report", action="store_true", help="write docs/benchmarks/DATE-TITLE.md")
+    parser.add_argument("--compare", action="store_true", help="say what moved since the last report of this title")
     args = parser.parse_args()
     options: dict[str, Any] = {"kv_cache_memory_bytes": 2 << 30, "max_model_len": 4096}
     for item in args.set:
@@ -253,15 +275,19 @@ def main() -> None:
     command = "python benchmarks/workloads.py" + "".join(f" --set {item}" for item in args.set)
     text = markdown(result, command)
     print("\n" + text)
+    if args.compare:
+        print("\n".join(compare(result)))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     if args.report:
         folder = ROOT / "docs/benchmarks"
         folder.mkdir(exist_ok=True)
-        stem = re.sub(r"[^a-z0-9]+", "-", f"{result['date']} {result['title']}".lower()).strip("-")
+        stem = f"{result['date']}-{slug(result['title'])}"
         if plot(result, folder / f"{stem}.png"):
             text += f"\n![tokens per second by workload]({stem}.png)\n"
         (folder / f"{stem}.md").write_text(text)
+        kept = {key: result[key] for key in ("title", "date", "machine", "ceilings", "medians")}
+        (folder / f"{stem}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
