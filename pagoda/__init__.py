@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pagoda.api.async_engine import AsyncEngine
     from pagoda.api.llm import LLM
-    from pagoda.base.types import CompletionOutput, RequestOutput, SamplingParams
+    from pagoda.base.types import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _HOMES = {
     "LLM": "pagoda.api.llm",
@@ -22,6 +22,7 @@ _HOMES = {
     "CompletionOutput": "pagoda.base.types",
     "RequestOutput": "pagoda.base.types",
     "SamplingParams": "pagoda.base.types",
+    "StructuredOutputsParams": "pagoda.base.types",
 }
 
 
