@@ -44,7 +44,7 @@ class Options(Workload):
     base_url: str | None = field(None, "server to measure; without it one is started here", metavar="URL")
     backend: Literal["openai", "openai-chat"] = field("openai", "openai: token ids to /v1/completions; openai-chat: text to /v1/chat/completions")
     api_key: str | None = field(None, "key for the server (or PAGODA_API_KEY)")
-    request_rate: float = field(float("inf"), "requests sent per second; inf: all at once", metavar="R")
+    request_rate: float = field(float("inf"), "requests sent per second; inf: all at once (recorded: when they were recorded)", metavar="R")
     burstiness: float = field(1.0, "1: a Poisson process; lower comes in bursts, higher more evenly", metavar="B")
     max_concurrency: int | None = field(None, "most requests in flight at once")
     num_warmups: int = field(1, "requests sent before those that count")
@@ -103,7 +103,8 @@ async def _drive(
 
             started = time.perf_counter()
             tasks = []
-            for request, at in zip(requests, arrival_times(len(requests), options, seed=config.model.seed), strict=True):
+            for request, planned in zip(requests, arrival_times(len(requests), options, seed=config.model.seed), strict=True):
+                at = planned if request.at is None or np.isfinite(options.request_rate) else request.at
                 if (wait := started + at - time.perf_counter()) > 0:
                     await asyncio.sleep(wait)
                 tasks.append(asyncio.create_task(one(request)))
@@ -121,7 +122,8 @@ def _reversed(request: WorkloadRequest) -> WorkloadRequest:
 async def _send(client: Client, options: Options, request: WorkloadRequest, tokenizer: Tokenizer) -> Exchange:
     ids = request.prompt_token_ids
     prompt = ids if options.backend == "openai" else tokenizer.decode(ids)
-    return await client.send(prompt, len(ids), max_tokens=request.output_len, temperature=options.temperature, ignore_eos=options.ignore_eos)
+    fields = {"temperature": options.temperature, **request.fields, "max_tokens": request.output_len, "ignore_eos": options.ignore_eos}
+    return await client.send(prompt, len(ids), **fields)
 
 
 def arrival_times(num: int, options: Options, *, seed: int) -> list[float]:

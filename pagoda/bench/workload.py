@@ -4,6 +4,7 @@
     sonnet     a shared prefix and lines of a poem (--dataset-path; the built-in passage without it)
     sharegpt   JSON or JSONL of conversations [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]
     custom     JSONL of {"prompt": ..., "output_tokens": ...} (the second optional)
+    recorded   what `pagoda serve --record-arrivals FILE` wrote: the same prompts and parameters, at the same times
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class WorkloadRequest(NamedTuple):
 
     prompt_token_ids: list[int]
     output_len: int
+    at: float | None = None  # seconds after the first request; None: as the options say
+    fields: dict[str, Any] = {}  # of its body, where they are its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Workload:
     """What is asked. Fields of the options of every measurement that sends many requests."""
 
     num_prompts: int = field(100, "requests to send")
-    dataset_name: Literal["random", "sonnet", "sharegpt", "custom"] = field("random", "where the prompts come from")
+    dataset_name: Literal["random", "sonnet", "sharegpt", "custom", "recorded"] = field("random", "where the prompts come from")
     dataset_path: str | None = field(None, "file of the data set")
     input_len: int | None = field(None, "tokens of a prompt (random: 256, sonnet: 550); of the others: at most")
     output_len: int | None = field(None, "tokens of an answer (random and custom: 128, sonnet: 150, sharegpt: as in the file)")
@@ -122,6 +125,26 @@ def _custom(options: Workload, tokenizer: Tokenizer, rng: np.random.Generator) -
     return _from_texts(options, tokenizer, rng, pairs, lambda given: int(given or 128))
 
 
+def _recorded(options: Workload, tokenizer: Tokenizer, rng: np.random.Generator) -> list[WorkloadRequest]:
+    """In the order of arrival, at most --num-prompts. Where the end was recorded the answer gets its length, else up to `max_tokens`."""
+    rows = _rows(options)
+    try:
+        lengths = {row["id"]: int(row["output_tokens"]) for row in rows if row.get("finish_reason")}
+        arrived = [row for row in rows if "prompt_token_ids" in row][: options.num_prompts]
+        start = arrived[0]["at"] if arrived else 0.0
+        requests = []
+        for row in arrived:
+            fields = {name: value for name, value in row["fields"].items() if name not in ("stream", "max_tokens", "timeout")}
+            recorded = lengths.get(row["id"])
+            length = -(-recorded // fields.get("n", 1)) if recorded else int(row["fields"]["max_tokens"] or 16)
+            requests.append(WorkloadRequest(row["prompt_token_ids"], max(1, options.output_len or length), row["at"] - start, fields))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"`--dataset-path {options.dataset_path}` does not look like `recorded`: {error!r}") from None
+    if not requests:
+        raise ConfigError(f"`--dataset-path {options.dataset_path}` has no prompts")
+    return requests
+
+
 def _from_texts(
     options: Workload,
     tokenizer: Tokenizer,
@@ -163,4 +186,4 @@ def _read(path: str) -> str:
         raise ConfigError(f"`--dataset-path {path}` cannot be read: {error}") from None
 
 
-_MAKERS = {"random": _random, "sonnet": _sonnet, "sharegpt": _sharegpt, "custom": _custom}
+_MAKERS = {"random": _random, "sonnet": _sonnet, "sharegpt": _sharegpt, "custom": _custom, "recorded": _recorded}

@@ -22,11 +22,12 @@ from starlette.routing import Route
 
 from pagoda.base.config import ServerConfig
 from pagoda.base.errors import ConfigError, PagodaError
-from pagoda.serve import health, openai_chat, openai_completions, tokenize
+from pagoda.serve import admin, health, openai_chat, openai_completions, tokenize
 from pagoda.serve.auth import BearerAuth, read_keys
 from pagoda.serve.context import ModelContext, ServerState
 from pagoda.serve.errors import ErrorBoundary, on_exception
 from pagoda.serve.generation import GenerateEndpoint, read_json_body
+from pagoda.serve.http_figures import RequestLog
 from pagoda.serve.openai_models import ModelCard, ModelList, list_models, retrieve_model
 from pagoda.serve.schema import RouteDoc, openapi
 
@@ -56,6 +57,8 @@ def routes(state: ServerState) -> list[Row]:
     rows = [Row(RouteDoc(path=path, methods=methods, summary=text, errors=errors), call) for path, methods, call, text, errors in probes]
     rows += [
         Row(RouteDoc(path="/metrics", methods=("GET",), summary="Prometheus figures", media_type=_TEXT), health.metrics),
+        Row(RouteDoc(path="/server_info", methods=("GET",), summary="version and settings", errors=(401, 503)), admin.server_info),
+        Row(RouteDoc(path="/reset_prefix_cache", methods=("POST",), summary="forget cached prefixes", errors=(401, 503)), admin.reset_prefix_cache),
         Row(RouteDoc(path="/v1/models", methods=("GET",), summary="models served", response=ModelList, errors=(401, 503)), _models),
         Row(RouteDoc(path="/v1/models/{model}", methods=("GET",), summary="one model", response=ModelCard, errors=(401, 404, 503)), _model),
         Row(
@@ -115,7 +118,7 @@ def build_app(state: ServerState) -> Starlette:
     keys = read_keys(state.config)
     app = Starlette(
         routes=[_route(row) for row in rows],
-        middleware=[*_cors(state.config), Middleware(ErrorBoundary), *([Middleware(BearerAuth, keys=keys)] if keys else [])],
+        middleware=[*_cors(state.config), Middleware(RequestLog, figures=state.metrics.http, paths=[row.doc.path for row in rows]), Middleware(ErrorBoundary), *([Middleware(BearerAuth, keys=keys)] if keys else [])],
         exception_handlers={HTTPException: on_exception, PagodaError: on_exception},
     )
     app.router.redirect_slashes = False

@@ -19,6 +19,7 @@ from pagoda.base.config import ServerConfig
 from pagoda.base.errors import EngineDead, NotFound
 from pagoda.base.types import RequestOutput, SamplingParams
 from pagoda.engine.stats import EngineStats
+from pagoda.serve.arrivals import ArrivalRecorder
 from pagoda.serve.metrics import ServerMetrics
 
 __all__ = ["ChatTemplateLike", "ModelContext", "ServerState", "ServingEngine", "TokenizerLike"]
@@ -69,6 +70,9 @@ class ServingEngine(Protocol):
 
     async def abort(self, request_id: str) -> None: ...
 
+    async def reset_prefix_cache(self) -> bool:
+        """False, and nothing changed, while any request runs."""
+
     async def check_health(self) -> None:
         """Raises EngineDead when the loop is dead or makes no progress."""
 
@@ -91,6 +95,7 @@ class ModelContext:
     tool_format: str | None = None  # names of `text/message.py`
     reasoning_format: str | None = None
     created: int = 0  # seconds since 1970, shown by /v1/models
+    server_info: dict[str, Any] = field(default_factory=dict)  # answer of /server_info
     cache_facts: dict[str, object] = field(default_factory=dict)  # labels of the metric cache_config_info
 
     def check_model(self, name: str | None) -> None:
@@ -106,6 +111,7 @@ class ServerState:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.metrics = ServerMetrics()
+        self.recorder = None if config.record_arrivals is None else ArrivalRecorder(config.record_arrivals)
         self.pool = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="pagoda-text")
         self.active: set[str] = set()  # engine request ids in flight
         self.failure: str | None = None
@@ -168,3 +174,5 @@ class ServerState:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.recorder is not None:
+            self.recorder.close()

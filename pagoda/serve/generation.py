@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from pagoda.base.clock import monotonic
 from pagoda.base.errors import InvalidRequest, PayloadTooLarge, RequestFailed
 from pagoda.base.log import get_logger
 from pagoda.base.types import RequestOutput, SamplingParams
@@ -60,6 +61,7 @@ class Call:
     priority: int = 0
     cache_salt: str = ""
     warnings: list[str] = field(default_factory=list)
+    started: float = 0.0  # seconds, monotonic: when the body had been read
 
 
 Parse = Callable[[bytes, str | None, ModelContext], Call]
@@ -76,9 +78,10 @@ class GenerateEndpoint:
         context, engine = state.get()
         headers = Headers(scope=scope)
         raw = await read_json_body(headers, receive, state.config.max_request_body_bytes)
-        loop = asyncio.get_running_loop()
+        loop, started = asyncio.get_running_loop(), monotonic()
         given_id = _given_id(headers)
         call = await loop.run_in_executor(state.pool, self._parse, raw, given_id, context)
+        call.started = started
         if (limit := state.config.request_timeout) is not None:
             call.params.timeout = min(call.params.timeout or limit, limit)
         if state.config.enable_log_requests:
@@ -158,6 +161,8 @@ class GenerateEndpoint:
         request_id = state.engine_request_id(call.response_id, prompt_idx)
         outputs = engine.generate(call.prompts[prompt_idx], call.params, request_id, priority=call.priority, cache_salt=call.cache_salt)
         state.active.add(request_id)
+        if state.recorder is not None or state.config.enable_log_requests:
+            outputs = self._noted(outputs, call, request_id, prompt_idx)
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -166,6 +171,36 @@ class GenerateEndpoint:
                     yield prompt_idx, output
         finally:
             state.active.discard(request_id)
+
+
+    async def _noted(
+        self, outputs: AsyncGenerator[RequestOutput, None], call: Call, request_id: str, prompt_idx: int
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The same outputs; arrival and end go to the log and to the record."""
+        recorder = self._state.recorder
+        prompt_token_ids = call.prompts[prompt_idx]["prompt_token_ids"]
+        if recorder is not None:
+            more: dict[str, Any] = {"stream": call.stream, **({"priority": call.priority} if call.priority else {})}
+            more |= {"cache_salt": call.cache_salt} if call.cache_salt else {}
+            await asyncio.get_running_loop().run_in_executor(self._state.pool, recorder.arrived, request_id, prompt_token_ids, call.params, more)
+        num_tokens, reason, first = 0, None, None
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                    first = first or monotonic()
+                    if output.finished:
+                        reason = output.outputs[-1].finish_reason
+                    yield output
+        finally:
+            now = monotonic()
+            if self._state.config.enable_log_requests:
+                logger.info(
+                    "request %s ended: %s, %d prompt tokens, %d output tokens, first output after %.3f s, %.3f s in all",
+                    request_id, reason or "left or failed", len(prompt_token_ids), num_tokens, (first or now) - call.started, now - call.started,
+                )  # fmt: skip
+            if recorder is not None:
+                recorder.ended(request_id, num_tokens, reason)
 
 
 async def _merge(streams: list[AsyncGenerator[tuple[int, RequestOutput], None]]) -> AsyncGenerator[tuple[int, RequestOutput], None]:

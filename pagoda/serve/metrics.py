@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from pagoda.base.log import get_logger
 from pagoda.engine.stats import EngineStats, Histogram
+from pagoda.serve.http_figures import HttpFigures
 
 __all__ = ["ServerMetrics", "StatsLog"]
 
@@ -54,7 +55,14 @@ _HISTOGRAMS = {
     "request_num_preemptions": "preemptions of a sample",
     "iteration_tokens_total": "tokens computed in a step",
 }
-_SOURCES = ("local_compute", "local_cache_hit")
+_IDLE_COUNTERS = {
+    "external_prefix_cache_queries": "tokens looked up in other servers' caches: this version asks none",
+    "external_prefix_cache_hits": "tokens found there",
+    "mm_cache_queries": "images and sounds looked up: this version takes text only",
+    "mm_cache_hits": "images and sounds found",
+}
+"""Counters that vLLM's server always has; they stand at 0 until their feature is there."""
+_SLEEP_STATES = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
 _REASONS = ("stop", "length", "abort", "error")
 
 
@@ -64,6 +72,7 @@ class ServerMetrics:
     def __init__(self) -> None:
         self.server_load = 0  # requests being answered now
         self.stalled_streams = 0  # ended because nobody read them
+        self.http = HttpFigures()
         self.core = EngineStats()
         self._model_name = ""
         self._cache_config: dict[str, str] = {}
@@ -96,8 +105,12 @@ class ServerMetrics:
         for name, text in _COUNTERS.items():
             yield self._filled(CounterMetricFamily, name, text, getattr(core, name))
         cached = core.prompt_tokens_cached
-        by_source = dict(zip(_SOURCES, (core.prompt_tokens - cached, cached), strict=True))
+        by_source = {"local_compute": core.prompt_tokens - cached, "local_cache_hit": cached, "external_kv_transfer": 0}
         yield self._labelled(CounterMetricFamily, "prompt_tokens_by_source", "prompt tokens by where their KV came from", "source", by_source)
+        yield self._labelled(CounterMetricFamily, "prompt_tokens_cached_by_source", "cached prompt tokens by where they lay", "source", {"device": cached})
+        for name, text in _IDLE_COUNTERS.items():
+            yield self._filled(CounterMetricFamily, name, text, 0)
+        yield self._labelled(GaugeMetricFamily, "engine_sleep_state", "1 for the state the engine is in", "sleep_state", _SLEEP_STATES)
         ended = dict.fromkeys(_REASONS, 0) | core.request_success
         yield self._labelled(CounterMetricFamily, "request_success", "samples that ended", "finished_reason", ended)
         yield self._labelled(CounterMetricFamily, "admission_rejections", "requests refused", "reason", core.admission_rejections)
@@ -108,6 +121,21 @@ class ServerMetrics:
         for name, text in _HISTOGRAMS.items():
             if name in core.histograms:
                 yield self._histogram(name, text, core.histograms[name])
+        yield from self._own()
+        yield from self.http.collect()
+
+    def _own(self) -> Iterator[Metric]:
+        """What vLLM has no name for."""
+        for name, text, value in (
+            ("steps", "steps of the engine", self.core.num_steps),
+            ("stalled_streams", "streams ended because nobody read them", self.stalled_streams),
+        ):
+            family = CounterMetricFamily(f"pagoda:{name}", text, labels=["model_name", "engine"])
+            family.add_metric([self._model_name, _ENGINE], float(value))
+            yield family
+        load = GaugeMetricFamily("pagoda:server_load", "requests being answered now", labels=["model_name", "engine"])
+        load.add_metric([self._model_name, _ENGINE], float(self.server_load))
+        yield load
 
     def _filled(self, kind: Any, name: str, text: str, value: float) -> Metric:
         family: Metric = kind(_PREFIX + name, text, labels=["model_name", "engine"])

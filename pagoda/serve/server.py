@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import uvicorn
@@ -29,12 +29,13 @@ from starlette.types import Scope
 
 from pagoda.api.async_engine import AsyncEngine
 from pagoda.api.processor import Processor, sampling_defaults
-from pagoda.base.config import EngineConfig, ServerConfig
+from pagoda.base.config import EngineConfig, ServerConfig, changed_fields
 from pagoda.base.errors import PagodaError
 from pagoda.base.log import get_logger
 from pagoda.executor.channel import EngineInfo
 from pagoda.executor.front import Front, load_front
 from pagoda.executor.process import EngineProcess, ProcessClient
+from pagoda.serve.admin import describe_server
 from pagoda.serve.app import build_app, routes
 from pagoda.serve.auth import OPEN_PATHS, read_keys
 from pagoda.serve.context import ModelContext, ServerState
@@ -129,6 +130,8 @@ class Server:
         processor = Processor(info.config, info.facts, front.tokenizer, generation_config=generation_config, eos_token_ids=eos_ids)
         self._engine = AsyncEngine(client, processor)
         self._state.ready(context, self._engine)
+        if self._state.recorder is not None:
+            self._state.recorder.begin(changed_fields(replace(self._config, model=replace(self._config.model, hf_token=None))))
         print(announcement(context, info, self._server, listener, self._paths()), file=sys.stderr, flush=True)
         if not self._server.disable_log_stats:
             self._spawn(self._log_stats())
@@ -221,6 +224,10 @@ def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> Model
         tool_format=tools,
         reasoning_format=reasoning,
         created=int(time.time()),
+        server_info=describe_server(
+            info.config, server, model=front.name, num_gpu_blocks=info.num_blocks - 1, kv_cache_size_tokens=info.num_kv_tokens,
+            kv_cache_max_concurrency=round(info.max_concurrency, 2), report=list(info.report),
+        ),
         cache_facts={
             **{key: value for key, value in asdict(info.config.cache).items() if value is not None},
             "num_gpu_blocks": info.num_blocks - 1,

@@ -90,6 +90,9 @@ class FakeEngine:
     async def stats(self) -> EngineStats:
         return self.core_stats
 
+    async def reset_prefix_cache(self) -> bool:
+        return not self.live
+
     async def abort(self, request_id: str) -> None:
         self._aborted.add(request_id)
 
@@ -229,6 +232,7 @@ class Rig:
             template=self.template,
             created=1700000000,
             response_role=self.state.config.response_role,
+            server_info={"version": "0", "config": {}},
             cache_facts={"block_size": 16, "num_gpu_blocks": 100},
         )
         self.base_url = ""

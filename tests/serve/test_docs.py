@@ -34,5 +34,5 @@ def test_every_metric_is_documented() -> None:
     metrics.set_model("m", block_size=16)
     metrics.update_core(StatsRecorder(100, 9).stats)
     names = {family.name + ("_total" if family.type == "counter" else "") for family in metrics.collect()}
-    told = set(re.findall(r"`(vllm:\w+)`", PAGE))
+    told = set(re.findall(r"^\| `((?:vllm:|pagoda:|http_)\w+)`", PAGE, re.MULTILINE))
     assert names == told, names ^ told
