@@ -53,6 +53,7 @@ class Scheduled(msgspec.Struct, array_like=True):
     num_planned: int
     new_block_ids: list[list[int]] = []  # per KV group, appended to the table; empty for a request in `new`
     draft_token_ids: list[int] = []  # speculation: part of the planned tokens, verified by this step
+    appended_ids: list[int] = []  # known behind the last sampled token without being sampled: a grammar forces them
 
 
 class StepPlan(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -20,7 +20,7 @@ from pagoda.base.log import get_logger
 from pagoda.base.plan import Executor, StepRow
 from pagoda.base.types import EngineOutput, FinishReason, GenerateRequest, ModelFacts
 from pagoda.engine.admission import Admission
-from pagoda.engine.grammars import Compiler, Grammars
+from pagoda.engine.grammars import Compiler, Grammars, jump_forward
 from pagoda.engine.kv_manager import KvManager
 from pagoda.engine.limits import ScheduledRequest, Step
 from pagoda.engine.request import Request
@@ -64,8 +64,9 @@ class EngineCore:
         clock: Clock = monotonic,
         pipeline_depth: int = 1,
         compiler: Compiler | None = None,
+        jumps_forward: bool = True,
     ) -> None:
-        """Without `compiler` requests that have a grammar are refused."""
+        """Without `compiler` requests that have a grammar are refused. `jumps_forward` appends forced tokens without sampling them."""
         assert isinstance(config.model.max_model_len, int) and config.cache.block_size, "the config is not resolved"
         self.config, self.facts = config, facts
         self.failure: Exception | None = None  # what the executor last raised; the caller decides what it means
@@ -82,6 +83,7 @@ class EngineCore:
         self._admission = Admission(config, facts, self._kv, max_logits_rows)
         self._recorder = StatsRecorder(config.model.max_model_len, num_blocks - 1)
         self._grammars = None if compiler is None else Grammars(compiler, clock)
+        self._jumps_forward = jumps_forward
         self._families: dict[str, _Family] = {}
         self._in_flight: deque[Step] = deque()
         self._outputs: list[EngineOutput] = []  # terminal outputs that no step produced
@@ -265,6 +267,9 @@ class EngineCore:
             if stop is not None:
                 new_token_ids = new_token_ids[: place + 1]
                 break
+        if stop is None and req.guide is not None and self._jumps_forward and req.params.logprobs is None:
+            forced, stop = jump_forward(req, req.guide)
+            new_token_ids = [*new_token_ids, *forced]
         self._recorder.on_tokens(req, len(new_token_ids), now)
         output = EngineOutput(
             request_id=req.request_id,

@@ -19,11 +19,11 @@ from typing import NamedTuple, Protocol
 from pagoda.base.clock import Clock
 from pagoda.base.errors import InvalidRequest, RequestError, RequestFailed
 from pagoda.base.plan import Masks
-from pagoda.base.types import GenerateRequest
+from pagoda.base.types import FinishReason, GenerateRequest
 from pagoda.engine.limits import Step
 from pagoda.engine.request import Guide, GuideMatcher, Request, RequestState
 
-__all__ = ["COMPILE_SECONDS", "Compiled", "Compiler", "Grammars"]
+__all__ = ["COMPILE_SECONDS", "Compiled", "Compiler", "Grammars", "jump_forward"]
 
 COMPILE_SECONDS = 10.0
 _COMPILE_THREADS = 2
@@ -130,3 +130,20 @@ class Grammars:
 def _fill(rows: list[tuple[int, Guide]]) -> Masks:
     """In the thread of the masks."""
     return Masks(slots=[slot for slot, _ in rows], words=b"".join([guide.mask() for _, guide in rows]))
+
+
+def jump_forward(req: Request, guide: Guide) -> tuple[list[int], tuple[FinishReason, int | None] | None]:
+    """Appends the tokens that the grammar forces: the next forward computes them with the one that was sampled.
+
+    Each would have been the only one its mask allows, so the sample is the same as without. Returns them, and what stopped it.
+    """
+    appended: list[int] = []
+    stop = None
+    for token_id in guide.forced():
+        if stop is not None or guide.accept(token_id) is not None:
+            break
+        appended.append(token_id)
+        req.token_ids.append(token_id)
+        stop = req.check_stop(token_id)
+    req.unsent_ids += appended
+    return appended, stop

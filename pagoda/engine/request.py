@@ -54,6 +54,8 @@ class GuideMatcher(Protocol):
 
     def accept(self, token_id: int) -> str | None: ...
 
+    def forced(self) -> list[int]: ...
+
     def copy(self) -> GuideMatcher: ...
 
 
@@ -80,6 +82,10 @@ class Guide:
             return bits
         place, bit = divmod(self._opens_with, 8)
         return bits[:place] + bytes([bits[place] | 1 << bit]) + bits[place + 1 :]
+
+    def forced(self) -> list[int]:
+        """Tokens that its masks would allow alone, one after the other: they need not be sampled."""
+        return self._matcher.forced() if self.is_on else []
 
     def accept(self, token_id: int) -> str | None:
         """The sample's next token. What is wrong with it, if something is."""
@@ -123,6 +129,7 @@ class Request:
         "state",
         "stop_token_ids",
         "token_ids",
+        "unsent_ids",
         "wants_prompt_logprobs",
     )
 
@@ -148,6 +155,7 @@ class Request:
         self.params = params  # of this sample: n = 1, seed set
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
+        self.unsent_ids: list[int] = []  # the last of them, which the worker has not sampled and not been told
         self.max_tokens_total = max_tokens_total  # where LENGTH stops it
         self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self.grammar_end_ids = frozenset[int]()  # end a sample whose grammar is over, whatever min_tokens and ignore_eos say

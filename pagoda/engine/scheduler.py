@@ -122,8 +122,10 @@ class Scheduler:
         assert slot is not None
         if new_block_ids is None:
             step.new.append(self._introduce(req, slot))
-            new_block_ids = []
+            new_block_ids, req.unsent_ids = [], []
         step.scheduled.append(Scheduled(slot, begin, count, new_block_ids))
+        if req.unsent_ids:
+            step.scheduled[-1].appended_ids, req.unsent_ids = req.unsent_ids, []
         step.rows.append(ScheduledRequest(req, slot, begin, count, self._kv.mark(req, count)))
         req.num_tokens_planned += count
 

@@ -135,7 +135,7 @@ class BatchBuilder:
         if plan.new or len(rows) != len(self._last_slots) or [row.slot for row in rows] != self._last_slots:
             return False
         computed = [row.num_computed for row in rows]
-        return computed == self.seq_lens_S[: len(rows)].tolist() and all(row.num_planned == 1 for row in rows)
+        return computed == self.seq_lens_S[: len(rows)].tolist() and all(row.num_planned == 1 and not row.appended_ids for row in rows)
 
     def _advance(self, table: RequestTable, last: StepRows) -> StepRows:
         """The last batch moved by one token: most steps of a server are this, so it is worth its few lines."""

@@ -80,6 +80,8 @@ class RequestTable:
         for row in plan.scheduled:
             if row.new_block_ids:
                 self._append_blocks(row)
+            for token_id in row.appended_ids:
+                self.append_tokens(np.array([row.slot]), np.array([token_id]))
 
     def _admit(self, new: NewRequest) -> None:
         slot, params = new.slot, new.params

@@ -85,6 +85,23 @@ def test_a_grammar_that_allows_everything_changes_nothing(llm: LLM) -> None:
     assert (held.text, held.token_ids, held.logprobs) == (free.text, free.token_ids, free.logprobs)
 
 
+def test_jumping_forward_changes_no_token(llm: LLM) -> None:
+    core = llm._engine.core
+    params = [
+        SamplingParams(temperature=0.9 * (i % 2), seed=i, max_tokens=70, structured_outputs=StructuredOutputsParams(json=SCHEMA), stop=stop)
+        for i, stop in enumerate([None, None, ["tags"], None, ["31"], None])
+    ]
+    found, num_steps = [], []
+    for jumps in (False, True):
+        core._jumps_forward = jumps
+        before = core._scheduler._num_steps
+        outputs = llm.chat([QUESTION] * len(params), params, use_tqdm=False)
+        found.append([(sample.text, sample.token_ids, sample.finish_reason) for output in outputs for sample in output.outputs])
+        num_steps.append(core._scheduler._num_steps - before)
+    assert found[0] == found[1]
+    assert num_steps[1] < num_steps[0]
+
+
 def test_preemption_neighbours_and_prefix_hits_change_nothing(default_model: Path, llm: LLM) -> None:
     params = [
         SamplingParams(temperature=0.8, seed=i, max_tokens=60, structured_outputs=StructuredOutputsParams(json=SCHEMA) if i % 3 else None)

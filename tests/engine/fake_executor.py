@@ -130,6 +130,8 @@ class FakeExecutor:
                 check(scheduled.slot not in introduced)
                 for table, ids in zip(self._slots[scheduled.slot].tables, scheduled.new_block_ids, strict=True):
                     table.extend(ids)
+            check(not scheduled.appended_ids or scheduled.slot not in introduced)
+            self._slots[scheduled.slot].tokens += scheduled.appended_ids
 
     def _write(self, row: _Row, scheduled: Scheduled, written: set[tuple[int, int]]) -> None:
         end = scheduled.num_computed + scheduled.num_planned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -36,6 +37,13 @@ class ToyMatcher:
             return f"token {token_id} instead of {self.wanted}"
         self.place += 1
         return None
+
+    def forced(self) -> list[int]:
+        """A token above 40 forces those behind it, up to the next one."""
+        rest = self.tokens[self.place :]
+        if not self.place or self.tokens[self.place - 1] < 40:
+            return []
+        return list(itertools.takewhile(lambda token: token < 40, rest))
 
     def copy(self) -> ToyMatcher:
         return ToyMatcher(self.tokens, self.place)
@@ -141,6 +149,42 @@ def test_preempted_samples_go_on_where_they_were() -> None:
     for name in "abc":
         assert rig.tokens[name, 0] == [*range(20, 34), EOS]
     rig.check_whole()
+
+
+@pytest.mark.parametrize("max_tokens", [20, 6, 5])
+@pytest.mark.parametrize("budget", [64, 2])
+def test_forced_tokens_are_not_sampled(max_tokens: int, budget: int) -> None:
+    """The same tokens in fewer steps, in chunks and cut off too; a stop token id among them ends it."""
+    grammar = "1,41,2,3,4,42,5,43,6,8"
+    found, num_steps = [], []
+    for jumps in (False, True):
+        rig = Rig(max_num_batched_tokens=budget, max_num_seqs=2)
+        rig.core._jumps_forward = jumps
+        rig.guided("a", grammar, prompt=3, max_tokens=max_tokens)
+        rig.guided("b", grammar, prompt=3, max_tokens=max_tokens, stop_token_ids=[3])
+        rig.run()
+        rig.check_whole()
+        found.append((rig.tokens["a", 0], rig.reason("a"), rig.tokens["b", 0], rig.reason("b")))
+        num_steps.append(len(rig.executor.plans))
+        assert any(row.appended_ids for plan in rig.executor.plans for row in plan.scheduled) == (jumps and max_tokens > 5)
+    assert budget == 2 or num_steps[1] < num_steps[0]
+    assert found[0] == found[1]
+    assert found[0][2:] == ([1, 41, 2, 3], "stop")
+
+
+def test_forced_tokens_with_preemption() -> None:
+    found = []
+    grammar = "45,1,2,3,46,4,5,6,8,47,9,10,11"
+    for jumps in (False, True):
+        rig = Rig(num_blocks=9, max_num_seqs=4, prefix_caching=False)
+        rig.core._jumps_forward = jumps
+        for name in "abc":
+            rig.guided(name, grammar)
+        rig.run()
+        assert rig.core.stats().num_preemptions > 0
+        rig.check_whole()
+        found.append([rig.tokens[name, 0] for name in "abc"])
+    assert found[0] == found[1]
 
 
 def test_it_begins_behind_the_end_of_reasoning() -> None:
