@@ -93,7 +93,12 @@ def _resolve_model(config: ModelConfig, facts: ModelFacts, reasons: list[Reason]
             raise ConfigError(f"`--max-model-len` must be at least 1 or `auto`, got {length}")
         if length > facts.max_model_len:
             raise ConfigError(f"`--max-model-len {length}` is more than the {facts.max_model_len} tokens the model was trained for; lower it")
-    return replace(config, dtype=dtype, max_model_len=length)
+    activations = config.linear_activations
+    if activations == "auto":
+        activations = "int16"
+    if config.linear_activations == "auto" and (config.quantization or facts.dtype not in ("float32", "bfloat16", "float16")):
+        reasons.append(Reason("linear_activations", activations, "what quantized weights are multiplied with; `--linear-activations int8` trades quality for speed"))
+    return replace(config, dtype=dtype, max_model_len=length, linear_activations=activations)
 
 
 def _resolve_cache(config: CacheConfig, model: ModelConfig, reasons: list[Reason]) -> CacheConfig:

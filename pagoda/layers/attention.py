@@ -17,6 +17,7 @@ from pagoda.layers.batch import Batch
 from pagoda.layers.linear import Linear
 from pagoda.layers.norm import RmsNorm
 from pagoda.layers.rope import Rope, RopeSpec
+from pagoda.quant.scheme import Precision
 
 __all__ = ["Attention", "AttentionSpec", "KvPlace"]
 
@@ -45,15 +46,15 @@ class KvPlace:
 
 class Attention:
     def __init__(
-        self, spec: AttentionSpec, hidden_size: int, rope: Rope, place: KvPlace, *, eps: float, plus_one: bool, dtype: str, mesh: Mesh
+        self, spec: AttentionSpec, hidden_size: int, rope: Rope, place: KvPlace, *, eps: float, plus_one: bool, precision: Precision, mesh: Mesh
     ) -> None:
         self._spec, self._rope, self._place = spec, rope, place
         self._q = slice(0, spec.num_heads * spec.head_dim)
         self._k = slice(self._q.stop, self._q.stop + spec.num_kv_heads * spec.head_dim)
         self._v = slice(self._k.stop, self._k.stop + spec.num_kv_heads * spec.head_dim)
         widths = {"q": self._q.stop, "k": self._k.stop - self._k.start, "v": self._v.stop - self._v.start}
-        self.qkv = Linear(hidden_size, widths, bias=spec.qkv_bias, dtype=dtype, mesh=mesh)
-        self.out = Linear(self._q.stop, {"o": hidden_size}, bias=spec.out_bias, dtype=dtype, mesh=mesh)
+        self.qkv = Linear(hidden_size, widths, bias=spec.qkv_bias, precision=precision, mesh=mesh)
+        self.out = Linear(self._q.stop, {"o": hidden_size}, bias=spec.out_bias, precision=precision, mesh=mesh)
         self.q_norm = RmsNorm(spec.head_dim, eps, plus_one=plus_one) if spec.qk_norm else None
         self.k_norm = RmsNorm(spec.head_dim, eps, plus_one=plus_one) if spec.qk_norm else None
 

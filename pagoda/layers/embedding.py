@@ -8,7 +8,7 @@ from pagoda.kernels import ops
 from pagoda.kernels.weight import Weight
 from pagoda.loader.slot import check_shape
 from pagoda.loader.tensor import SourceTensor
-from pagoda.quant.scheme import Scheme, scheme_for
+from pagoda.quant.scheme import Precision, Scheme, scheme_for
 
 __all__ = ["VocabTable"]
 
@@ -18,9 +18,9 @@ class VocabTable:
 
     is_optional = False
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: str) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, precision: Precision) -> None:
         self.shape: tuple[int, ...] = (vocab_size, hidden_size)
-        self._dtype = dtype
+        self._precision = precision
         self._weight: Weight | None = None
         self._scheme: Scheme | None = None
 
@@ -46,7 +46,7 @@ class VocabTable:
     def load(self, source: SourceTensor) -> None:
         check_shape(source, self.shape)
         self._scheme = scheme_for(source)
-        self._weight = self._scheme.pack([source], self._dtype)
+        self._weight = self._scheme.pack([source], self._precision, is_table=True)
 
     def embed(self, token_ids_T: Any, *, scale: float) -> Any:
         """-> x_TD float32, rows times `scale`."""

@@ -16,7 +16,7 @@ from pagoda.kernels.weight import Weight
 from pagoda.layers.parameter import Vector
 from pagoda.loader.slot import check_shape
 from pagoda.loader.tensor import SourceTensor
-from pagoda.quant.scheme import Scheme, scheme_for
+from pagoda.quant.scheme import Precision, Scheme, scheme_for
 
 __all__ = ["Linear"]
 
@@ -24,11 +24,11 @@ __all__ = ["Linear"]
 class Linear:
     """`parts` maps a name to its number of outputs, in output order. The product is split over `mesh.tp` later."""
 
-    def __init__(self, in_features: int, parts: dict[str, int], *, bias: bool, dtype: str, mesh: Mesh) -> None:
+    def __init__(self, in_features: int, parts: dict[str, int], *, bias: bool, precision: Precision, mesh: Mesh) -> None:
         assert mesh.tp.size == 1, "tensor parallel linears come with the communicators"
         self.in_features, self.parts = in_features, parts
         self.out_features = sum(parts.values())
-        self._dtype = dtype
+        self._precision = precision
         self._sources: dict[str, SourceTensor] = {}
         self._pieces: list[tuple[slice, Scheme, Weight]] = []
         self._biases = {name: Vector(size) for name, size in parts.items()} if bias else {}
@@ -77,11 +77,11 @@ class Linear:
             run.append(source)
             start += size
         runs.append((slice(run_start, start), run))
-        self._pieces = [(columns, scheme_for(parts[0]), scheme_for(parts[0]).pack(parts, self._dtype)) for columns, parts in runs]
+        self._pieces = [(columns, scheme_for(parts[0]), scheme_for(parts[0]).pack(parts, self._precision)) for columns, parts in runs]
         self._sources.clear()
 
     def _format(self, source: SourceTensor) -> str:
-        return scheme_for(source).format_of(source, self._dtype)
+        return scheme_for(source).format_of(source, self._precision)
 
     def finish(self) -> None:
         """Called once when every tensor of the model is loaded."""

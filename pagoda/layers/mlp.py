@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pagoda.base.mesh import Mesh
 from pagoda.kernels import ops
 from pagoda.layers.linear import Linear
+from pagoda.quant.scheme import Precision
 
 __all__ = ["Mlp", "MlpSpec"]
 
@@ -20,10 +21,10 @@ class MlpSpec:
 
 
 class Mlp:
-    def __init__(self, spec: MlpSpec, hidden_size: int, *, dtype: str, mesh: Mesh) -> None:
+    def __init__(self, spec: MlpSpec, hidden_size: int, *, precision: Precision, mesh: Mesh) -> None:
         self._activation = spec.activation
-        self.gate_up = Linear(hidden_size, {"gate": spec.size, "up": spec.size}, bias=spec.bias, dtype=dtype, mesh=mesh)
-        self.down = Linear(spec.size, {"down": hidden_size}, bias=spec.bias, dtype=dtype, mesh=mesh)
+        self.gate_up = Linear(hidden_size, {"gate": spec.size, "up": spec.size}, bias=spec.bias, precision=precision, mesh=mesh)
+        self.down = Linear(spec.size, {"down": hidden_size}, bias=spec.bias, precision=precision, mesh=mesh)
 
     def slots(self, prefix: str) -> dict[str, Any]:
         return {**self.gate_up.slots(prefix), **self.down.slots(prefix)}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pagoda.base.config import ModelConfig
 from pagoda.base.errors import ConfigError, ModelFileError, UnsupportedModel
@@ -25,6 +25,7 @@ from pagoda.models import gguf
 from pagoda.models.decoder import Decoder, Model
 from pagoda.models.hf import HfConfig
 from pagoda.models.spec import ModelSpec
+from pagoda.quant.scheme import Precision
 
 __all__ = ["FAMILIES", "ModelSource", "build_model", "describe"]
 
@@ -105,13 +106,16 @@ def build_model(
     *,
     dtype: str,
     max_positions: int,
+    quantization: Literal["int8", "int4"] | None = None,
+    activations: Literal["int8", "int16"] = "int16",
     load_format: str = "auto",
     mesh: Mesh | None = None,
     dequantize: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """The model with its weights packed. `dtype` is that of unquantized weights; with `dequantize` there are no others."""
-    model = Decoder(source.spec, dtype=dtype, max_positions=max_positions, mesh=mesh)
+    precision = Precision(dtype) if dequantize else Precision(dtype, quantization, activations)
+    model = Decoder(source.spec, precision=precision, max_positions=max_positions, mesh=mesh)
     if load_format == "dummy":
         load_dummy(model.slots())
     else:

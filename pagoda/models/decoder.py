@@ -21,6 +21,7 @@ from pagoda.layers.norm import RmsNorm
 from pagoda.layers.rope import Rope, RopeSpec
 from pagoda.loader.slot import Slot
 from pagoda.models.spec import BlockSpec, ModelSpec, kv_places
+from pagoda.quant.scheme import Precision
 
 __all__ = ["Decoder", "Model"]
 
@@ -48,7 +49,7 @@ class Model(Protocol):
 
 
 class _Block:
-    def __init__(self, spec: BlockSpec, model: ModelSpec, rope: Rope, place: KvPlace, dtype: str, mesh: Mesh) -> None:
+    def __init__(self, spec: BlockSpec, model: ModelSpec, rope: Rope, place: KvPlace, precision: Precision, mesh: Mesh) -> None:
         def norm() -> RmsNorm:
             return RmsNorm(model.hidden_size, model.norm_eps, plus_one=model.norm_plus_one)
 
@@ -56,9 +57,9 @@ class _Block:
         self.attention_post_norm = norm() if spec.post_norms else None
         self.mlp_post_norm = norm() if spec.post_norms else None
         self.attention = Attention(
-            spec.attention, model.hidden_size, rope, place, eps=model.norm_eps, plus_one=model.norm_plus_one, dtype=dtype, mesh=mesh
+            spec.attention, model.hidden_size, rope, place, eps=model.norm_eps, plus_one=model.norm_plus_one, precision=precision, mesh=mesh
         )
-        self.mlp = Mlp(spec.mlp, model.hidden_size, dtype=dtype, mesh=mesh)
+        self.mlp = Mlp(spec.mlp, model.hidden_size, precision=precision, mesh=mesh)
 
     def slots(self, prefix: str) -> dict[str, Any]:
         found = self.attention_norm.slots(f"{prefix}attention_norm") | self.mlp_norm.slots(f"{prefix}mlp_norm")
@@ -83,9 +84,9 @@ class _Block:
 
 
 class Decoder:
-    """`max_positions` bounds the rotary tables; `dtype` is that of weights the checkpoint does not quantize."""
+    """`max_positions` bounds the rotary tables; `precision` is what weights and their products are to be."""
 
-    def __init__(self, spec: ModelSpec, *, dtype: str, max_positions: int, mesh: Mesh | None = None) -> None:
+    def __init__(self, spec: ModelSpec, *, precision: Precision, max_positions: int, mesh: Mesh | None = None) -> None:
         mesh = mesh or Mesh()
         assert mesh.pp.size == 1, "pipeline stages come with the communicators"
         self.spec = spec
@@ -95,10 +96,10 @@ class Decoder:
         for i, block in enumerate(spec.blocks):
             rope_spec = block.attention.rope
             rope = ropes.setdefault(rope_spec, ropes.get(rope_spec) or Rope(rope_spec, max_positions, block.attention.head_dim))
-            self._blocks.append(_Block(block, spec, rope, places[i], dtype, mesh))
+            self._blocks.append(_Block(block, spec, rope, places[i], precision, mesh))
         self._ropes = list(ropes.values())
-        self._embed = VocabTable(spec.vocab_size, spec.hidden_size, dtype=dtype)
-        self._head = self._embed if spec.tie_embeddings else VocabTable(spec.vocab_size, spec.hidden_size, dtype=dtype)
+        self._embed = VocabTable(spec.vocab_size, spec.hidden_size, precision=precision)
+        self._head = self._embed if spec.tie_embeddings else VocabTable(spec.vocab_size, spec.hidden_size, precision=precision)
         self._norm = RmsNorm(spec.hidden_size, spec.norm_eps, plus_one=spec.norm_plus_one)
 
     def slots(self) -> dict[str, Slot]:

@@ -2,22 +2,43 @@
 
 A scheme answers three questions: in which format do these rows stay in memory, how are they packed, and which op
 multiplies by them. Formats the kernels keep packed stay as they are; others are dequantized while loading, and that is
-reported, never hidden.
+reported, never hidden. With `Precision.quantization` float rows, and blocks wider than asked for, become blocks while
+loading, a thousand rows at a time.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from pagoda.base.registry import Registry
 from pagoda.kernels import ops
-from pagoda.kernels.weight import GgmlRows, Weight, pack
+from pagoda.kernels.weight import GgmlRows, Weight, pack, width_unit
 from pagoda.loader.tensor import SourceTensor
 
-__all__ = ["SCHEMES", "Scheme", "scheme_for"]
+__all__ = ["SCHEMES", "Precision", "Scheme", "scheme_for"]
 
-KEPT_BLOCK_FORMATS = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q8_0": "q8_0"}
+KEPT_BLOCK_FORMATS = {name.upper(): name for name in ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")}
 DENSE_FORMATS = {"float32": "f32", "bfloat16": "bf16"}
+QUANTIZED_FORMATS = {"int8": "q8_0", "int4": "q4_1"}
+
+# What `int4` leaves alone in a matrix and, because the vocabulary's table is worth eight bits, in a table.
+_SMALL_ENOUGH = {"int8": ("q8_0",), "int4": ("q4_0", "q4_1", "q4_k")}
+_SMALL_ENOUGH_TABLE = {"int8": ("q8_0",), "int4": tuple(KEPT_BLOCK_FORMATS.values())}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the user asked of a model's weights and products."""
+
+    dtype: str
+    """Of weights that stay floats: "float32" or "bfloat16"."""
+
+    quantization: Literal["int8", "int4"] | None = None
+    """Blocks of 8 or of 4 bits made while loading; None: as the checkpoint has them."""
+
+    activations: Literal["int8", "int16"] = "int16"
+    """What block formats multiply with."""
 
 
 class Scheme(Protocol):
@@ -25,10 +46,10 @@ class Scheme(Protocol):
 
     name: str
 
-    def format_of(self, part: SourceTensor, dtype: str) -> str:
-        """The packed format of these rows when unquantized weights are to be `dtype`."""
+    def format_of(self, part: SourceTensor, precision: Precision, *, is_table: bool = False) -> str:
+        """The packed format of these rows. A table is the vocabulary's: read by rows, and the language head."""
 
-    def pack(self, parts: list[SourceTensor], dtype: str) -> Weight:
+    def pack(self, parts: list[SourceTensor], precision: Precision, *, is_table: bool = False) -> Weight:
         """Rows of `parts`, one under the other, packed. All parts have the same format and width."""
 
     def apply(self, x_TK: Any, weight: Weight, bias_N: Any, *, residual: Any, out: Any) -> Any:
@@ -36,31 +57,37 @@ class Scheme(Protocol):
 
 
 class _Dense:
-    """float32, bfloat16 and float16 checkpoints: stored as `dtype`."""
+    """float32, bfloat16 and float16 checkpoints: stored as `dtype`, or quantized."""
 
     name = "dense"
 
-    def format_of(self, part: SourceTensor, dtype: str) -> str:
-        return DENSE_FORMATS[dtype]
+    def format_of(self, part: SourceTensor, precision: Precision, *, is_table: bool = False) -> str:
+        stored = KEPT_BLOCK_FORMATS.get(part.ggml_type or "")
+        wanted = precision.quantization
+        if wanted:
+            small = (_SMALL_ENOUGH_TABLE if is_table else _SMALL_ENOUGH)[wanted]
+            target = "q8_0" if is_table else QUANTIZED_FORMATS[wanted]
+            if stored not in small and part.shape[-1] % width_unit(target) == 0:
+                stored = target
+        if stored is None:
+            return DENSE_FORMATS[precision.dtype]
+        return f"{stored}_a8" if precision.activations == "int8" else stored
 
-    def pack(self, parts: list[SourceTensor], dtype: str) -> Weight:
-        return pack(self.format_of(parts[0], dtype), [part.array for part in parts])
+    def pack(self, parts: list[SourceTensor], precision: Precision, *, is_table: bool = False) -> Weight:
+        return pack(self.format_of(parts[0], precision, is_table=is_table), [part.array for part in parts])
 
     def apply(self, x_TK: Any, weight: Weight, bias_N: Any, *, residual: Any, out: Any) -> Any:
         return ops.linear(x_TK, weight, bias_N, residual=residual, out=out)
 
 
 class _GgufBlocks(_Dense):
-    """GGUF block formats: kept as they are where there is a kernel, else dequantized to `dtype`."""
+    """GGUF block formats: kept as they are where there is a kernel, else dequantized, and quantized again if asked."""
 
     name = "gguf"
 
-    def format_of(self, part: SourceTensor, dtype: str) -> str:
-        return KEPT_BLOCK_FORMATS.get(part.ggml_type or "", DENSE_FORMATS[dtype])
-
-    def pack(self, parts: list[SourceTensor], dtype: str) -> Weight:
+    def pack(self, parts: list[SourceTensor], precision: Precision, *, is_table: bool = False) -> Weight:
         rows = [GgmlRows(part.ggml_type, part.array) for part in parts if part.ggml_type]
-        return pack(self.format_of(parts[0], dtype), rows)
+        return pack(self.format_of(parts[0], precision, is_table=is_table), rows)
 
 
 SCHEMES: Registry[Scheme] = Registry("quantization")

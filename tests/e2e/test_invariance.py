@@ -110,19 +110,28 @@ def test_every_instruction_set(model: Path, isa: str) -> None:
     same(ask(model, 9, max_num_batched_tokens=17, max_num_seqs=16, num_threads=1), expected)
 
 
-@pytest.mark.parametrize("format", ["float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1"])
-def test_every_weight_format(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny.make("gemma3", tmp_path, max_position_embeddings=512)[0]
-    if format.startswith("Q"):
-        quantize_while_loading(monkeypatch, format)
-    dtype = format if format in ("float32", "bfloat16") else "float32"
-    expected = ask(path, dtype=dtype)
+K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
+WEIGHTS = [
+    ("float32", {"dtype": "float32"}),
+    ("bfloat16", {"dtype": "bfloat16"}),
+    *((kind, {"linear_activations": activations}) for kind in ("Q8_0", "Q4_0", "Q4_1", *K_QUANTS) for activations in ("int16", "int8")),
+    *(("float32", {"quantization": wanted, "linear_activations": "int8"}) for wanted in ("int8", "int4")),
+]
+
+
+@pytest.mark.parametrize(("stored", "options"), WEIGHTS, ids=lambda v: v if isinstance(v, str) else "-".join(v.values()))
+def test_every_weight_format(tmp_path: Path, stored: str, options: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = {"hidden_size": 256, "intermediate_size": 256} if stored in K_QUANTS else {}
+    path = tiny.make("gemma3", tmp_path, max_position_embeddings=512, **widths)[0]
+    if stored.startswith("Q"):
+        store_as(monkeypatch, stored)
+    expected = ask(path, **options)
     for size in (5, 33):
-        same(ask(path, size, dtype=dtype, max_num_batched_tokens=48, max_num_seqs=40), expected)
+        same(ask(path, size, max_num_batched_tokens=48, max_num_seqs=40, **options), expected)
 
 
-def quantize_while_loading(monkeypatch: pytest.MonkeyPatch, block_type: str) -> None:
-    """The loader hands out block-quantized rows, as if the file held them."""
+def store_as(monkeypatch: pytest.MonkeyPatch, block_type: str) -> None:
+    """The loader hands out block-quantized rows, as if the file held them; K-quants are random ones of small scale."""
     from pagoda.loader import weights
     from pagoda.loader.tensor import SourceTensor
 
@@ -130,9 +139,15 @@ def quantize_while_loading(monkeypatch: pytest.MonkeyPatch, block_type: str) -> 
 
     def quantized(files: Any, name: str) -> SourceTensor:
         source = plain(files, name)
-        if len(source.shape) != 2 or source.shape[1] % 32:
+        values, num_bytes = gguf_blocks.BLOCK_SIZES[block_type]
+        if len(source.shape) != 2 or source.shape[1] % values:
             return source
-        rows = gguf_blocks.quantize(block_type, np.asarray(source.array, np.float32))
-        return SourceTensor(name, rows, source.shape, block_type)
+        if block_type not in K_QUANTS:
+            rows = gguf_blocks.quantize(block_type, np.asarray(source.array, np.float32))
+            return SourceTensor(name, rows, source.shape, block_type)
+        blocks = np.random.default_rng(len(name)).integers(0, 256, (source.shape[0] * source.shape[1] // values, num_bytes), np.uint8)
+        for at, step in {"Q6_K": ((208, 2e-5),)}.get(block_type, ((0, 2e-4), (2, 2e-3))):
+            blocks[:, at : at + 2] = np.full((len(blocks), 1), step, np.float16).view(np.uint8)
+        return SourceTensor(name, blocks.reshape(source.shape[0], -1), source.shape, block_type)
 
     monkeypatch.setattr(weights, "_source", quantized)

@@ -14,6 +14,7 @@ from pagoda.layers.rope import RopeSpec
 from pagoda.loader.tensor import SourceTensor
 from pagoda.models.decoder import Decoder
 from pagoda.models.spec import BlockSpec, ModelSpec
+from pagoda.quant.scheme import Precision
 from tests.models.harness import make_runner, score
 
 NUM_SPECS = 50
@@ -53,7 +54,7 @@ def random_spec(rng: np.random.Generator) -> ModelSpec:
 
 
 def build(spec: ModelSpec, rng: np.random.Generator, *, dtype: str, block_type: str | None) -> Decoder:
-    model = Decoder(spec, dtype=dtype, max_positions=128)
+    model = Decoder(spec, precision=Precision(dtype), max_positions=128)
     for name, slot in model.slots().items():
         values = rng.standard_normal(slot.shape, np.float32) * np.float32(0.3 if len(slot.shape) == 1 else slot.shape[-1] ** -0.5)
         if block_type and len(slot.shape) == 2 and slot.shape[1] % 32 == 0:

@@ -1,0 +1,85 @@
+"""Which packed format a checkpoint's rows get, and that quantizing while loading is quantizing."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pagoda.base.mesh import Mesh
+from pagoda.kernels import gguf_blocks
+from pagoda.kernels.weight import storage_of
+from pagoda.layers.embedding import VocabTable
+from pagoda.layers.linear import Linear
+from pagoda.loader.tensor import SourceTensor
+from pagoda.quant.scheme import Precision, scheme_for
+
+
+def floats(n: int, k: int, *, seed: int = 0) -> SourceTensor:
+    w = np.random.default_rng(seed).standard_normal((n, k), np.float32).astype(ml_dtypes.bfloat16)
+    return SourceTensor("w", w, (n, k))
+
+
+def blocks(kind: str, n: int, k: int) -> SourceTensor:
+    if kind in ("Q4_0", "Q4_1", "Q8_0"):
+        rows = gguf_blocks.quantize(kind, np.asarray(floats(n, k).array, np.float32))
+    else:
+        rows = np.zeros((n, k // gguf_blocks.BLOCK_SIZES[kind][0] * gguf_blocks.BLOCK_SIZES[kind][1]), np.uint8)
+    return SourceTensor("w", rows, (n, k), kind)
+
+
+CASES = [  # stored as, quantization -> format of a matrix, of the vocabulary's table
+    (None, None, "bf16", "bf16"),
+    (None, "int8", "q8_0", "q8_0"),
+    (None, "int4", "q4_1", "q8_0"),
+    ("Q4_1", None, "q4_1", "q4_1"),
+    ("Q4_1", "int8", "q8_0", "q8_0"),
+    ("Q4_1", "int4", "q4_1", "q4_1"),
+    ("Q8_0", "int8", "q8_0", "q8_0"),
+    ("Q8_0", "int4", "q4_1", "q8_0"),
+    ("Q4_K", None, "q4_k", "q4_k"),
+    ("Q4_K", "int4", "q4_k", "q4_k"),
+    ("Q6_K", None, "q6_k", "q6_k"),
+    ("Q6_K", "int4", "q4_1", "q6_k"),
+    ("Q6_K", "int8", "q8_0", "q8_0"),
+    ("Q3_K", None, "bf16", "bf16"),
+    ("Q3_K", "int4", "q4_1", "q8_0"),
+]
+
+
+@pytest.mark.parametrize("activations", ["int16", "int8"])
+@pytest.mark.parametrize(("stored", "quantization", "matrix", "table"), CASES)
+def test_formats(stored: str | None, quantization: str | None, matrix: str, table: str, activations: str) -> None:
+    part = blocks(stored, 16, 256) if stored else floats(16, 256)
+    precision = Precision("bfloat16", quantization, activations)  # type: ignore[arg-type]
+    for is_table, expected in ((False, matrix), (True, table)):
+        suffix = "_a8" if activations == "int8" and expected != "bf16" else ""
+        scheme = scheme_for(part)
+        assert scheme.format_of(part, precision, is_table=is_table) == expected + suffix
+        assert scheme.pack([part], precision, is_table=is_table).format == expected + suffix
+
+
+def test_a_width_without_blocks_stays_float() -> None:
+    part = floats(16, 40)
+    assert scheme_for(part).format_of(part, Precision("float32", "int8")) == "f32"
+
+
+@pytest.mark.parametrize(("stored", "wanted", "kind"), [(None, "int8", "Q8_0"), (None, "int4", "Q4_1"), ("Q8_0", "int4", "Q4_1"), ("Q4_1", "int8", "Q8_0")])
+def test_a_layer_quantized_while_loading_holds_the_nearest_blocks(stored: str | None, wanted: str, kind: str) -> None:
+    parts = {name: blocks(stored, n, 64) if stored else floats(n, 64, seed=n) for name, n in (("q", 40), ("k", 1040), ("v", 24))}
+    layer = Linear(64, {name: part.shape[0] for name, part in parts.items()}, bias=False, precision=Precision("float32", wanted), mesh=Mesh())  # type: ignore[arg-type]
+    for name, part in parts.items():
+        layer.take(name, part)
+    exact = np.concatenate([part.as_float32() for part in parts.values()])
+    expected = gguf_blocks.dequantize(kind, gguf_blocks.quantize(kind, exact))
+    assert layer.formats == {storage_of(kind.lower())}
+    np.testing.assert_allclose(layer(np.eye(64, dtype=np.float32)).T, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_a_table_reads_the_same_rows_it_multiplies_with() -> None:
+    table = VocabTable(50, 64, precision=Precision("bfloat16", "int4", "int8"))
+    part = floats(50, 64)
+    table.load(part)
+    assert table.formats == {"q8_0_a8"}
+    expected = gguf_blocks.dequantize("Q8_0", gguf_blocks.quantize("Q8_0", part.as_float32()))
+    np.testing.assert_array_equal(table.embed(np.arange(50), scale=1.0), expected)
