@@ -125,9 +125,9 @@ class LongPrefill(Limiter):
 class PromptPace(Limiter):
     """Prompts computed beside decoding requests do not hold these up.
 
-    Without a target, the prompts of a step get as many tokens as requests decode in it, for each request that still has a
-    prompt to compute: one newcomer about doubles the time of a step, while a burst of them fills it. With a target in
-    seconds, as many as recent steps say fit in it. Never fewer than MIN_TOKENS, so that a prompt always gets on.
+    Without a target, each request that still has a prompt to compute brings as many tokens of it as requests decode in the
+    step, or MIN_TOKENS: one newcomer about doubles the time of a step, a burst of them fills it. With a target in seconds,
+    as many as recent steps say fit in it. Never fewer than MIN_TOKENS in all, so that a prompt always gets on.
     """
 
     MIN_TOKENS = 16
@@ -145,7 +145,7 @@ class PromptPace(Limiter):
 
     def _allowance(self, step: Step) -> int:
         if self._target is None:
-            return step.num_decoding * (step.num_eligible - step.num_decoding)
+            return max(self.MIN_TOKENS, step.num_decoding) * (step.num_eligible - step.num_decoding)
         if self._token_seconds == 0.0:
             return self.MIN_TOKENS  # nothing is known yet
         return int((self._target - self._decode_seconds) / self._token_seconds)

@@ -395,15 +395,15 @@ def test_prompts_are_not_paced_while_nobody_decodes_or_with_target_zero() -> Non
 
 
 def test_a_burst_fills_the_step() -> None:
-    h = Harness(max_num_batched_tokens=128, num_blocks=300, max_num_seqs=40)
+    h = Harness(max_num_batched_tokens=400, num_blocks=300, max_num_seqs=40)
     for i in range(4):
         h.add(f"d{i}", [i + 1] * 4, max_tokens=30)
     h.step()
-    for i in range(30):
+    for i in range(10):
         h.add(f"b{i}", [10 + i] * 30, max_tokens=2)
     h.step()
     planned = sum(row.num_planned for row in h.executor.plans[-1].scheduled)
-    assert planned == 4 + 4 * 30, "four decode, thirty prompts wait"
+    assert planned == 4 + 16 * 10, "four decode, ten prompts wait"
     h.run()
     h.check_all()
 
