@@ -22,14 +22,15 @@ from starlette.routing import Route
 
 from pagoda.base.config import ServerConfig
 from pagoda.base.errors import ConfigError, PagodaError
-from pagoda.serve import admin, health, openai_chat, openai_completions, tokenize
+from pagoda.serve import admin, health, invocations, openai_chat, openai_completions, tokenize
 from pagoda.serve.auth import BearerAuth, read_keys
 from pagoda.serve.context import ModelContext, ServerState
 from pagoda.serve.errors import ErrorBoundary, on_exception
-from pagoda.serve.generation import GenerateEndpoint, read_json_body
+from pagoda.serve.generation import GenerateEndpoint, read_json_body, warning_header
 from pagoda.serve.http_figures import RequestLog
 from pagoda.serve.openai_models import ModelCard, ModelList, list_models, retrieve_model
 from pagoda.serve.schema import RouteDoc, openapi
+from pagoda.serve.wire import refuse_unknown
 
 __all__ = ["Row", "build_app", "routes"]
 
@@ -84,6 +85,10 @@ def routes(state: ServerState) -> list[Row]:
                 errors=_GENERATE_ERRORS,
             ),
             GenerateEndpoint(state, openai_completions.parse),
+        ),
+        Row(
+            RouteDoc(path="/invocations", methods=("POST",), summary="a chat or a completion, by its body", errors=_GENERATE_ERRORS),
+            GenerateEndpoint(state, invocations.parse),
         ),
         Row(
             RouteDoc(
@@ -180,13 +185,19 @@ async def _openapi(request: Request) -> Response:
     return JSONResponse(state.openapi)
 
 
-def _text_endpoint(work: Callable[[bytes, ModelContext], msgspec.Struct]) -> Callable[[Request], Any]:
+def _text_endpoint(work: Callable[[bytes, ModelContext], tuple[msgspec.Struct, list[str]]]) -> Callable[[Request], Any]:
     """An endpoint that needs the tokenizer but not the engine; the work runs off the event loop."""
 
     async def endpoint(request: Request) -> Response:
         state = health.state_of(request)
         context, _ = state.get()
         raw = await read_json_body(request.headers, request.receive, state.config.max_request_body_bytes)
-        return _json(await asyncio.get_running_loop().run_in_executor(state.pool, work, raw, context))
+        answer, warnings = await asyncio.get_running_loop().run_in_executor(state.pool, work, raw, context)
+        if state.config.strict_fields:
+            refuse_unknown(warnings)
+        response = _json(answer)
+        if warnings:
+            response.headers["X-Pagoda-Warning"] = warning_header(warnings)
+        return response
 
     return endpoint

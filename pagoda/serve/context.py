@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from starlette.types import Scope
 
 from pagoda.base.config import ServerConfig
-from pagoda.base.errors import EngineDead, NotFound
+from pagoda.base.errors import EngineDead, InvalidRequest, NotFound
 from pagoda.base.types import RequestOutput, SamplingParams
 from pagoda.engine.stats import EngineStats
 from pagoda.serve.arrivals import ArrivalRecorder
@@ -36,6 +36,8 @@ class TokenizerLike(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     special_ids: frozenset[int]
+
+    infill_ids: dict[str, int]  # fim_prefix, fim_suffix, fim_middle, where the model has them
 
     def token_to_id(self, token: str) -> int | None: ...
 
@@ -92,11 +94,24 @@ class ModelContext:
     template: ChatTemplateLike | None
     default_params: dict[str, Any] = field(default_factory=dict)  # the server's sampling defaults
     response_role: str = "assistant"
+    tells_timings: bool = False  # --enable-per-request-metrics
+    make_template: Callable[[str], ChatTemplateLike] | None = None  # for requests that bring one; None: not trusted
     tool_format: str | None = None  # names of `text/message.py`
     reasoning_format: str | None = None
     created: int = 0  # seconds since 1970, shown by /v1/models
     server_info: dict[str, Any] = field(default_factory=dict)  # answer of /server_info
     cache_facts: dict[str, object] = field(default_factory=dict)  # labels of the metric cache_config_info
+
+    def template_for(self, given: str | None) -> ChatTemplateLike | None:
+        """The model's template, or the request's own. Raises InvalidRequest for one that is not trusted or not valid."""
+        if given is None:
+            return self.template
+        if self.make_template is None:
+            raise InvalidRequest(
+                "`chat_template` in a request needs --trust-request-chat-template (or start the server with --chat-template)",
+                param="chat_template", code="unsupported",
+            )  # fmt: skip
+        return self.make_template(given)
 
     def check_model(self, name: str | None) -> None:
         """Raises NotFound unless `name` is one of ours, or not given."""

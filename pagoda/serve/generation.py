@@ -24,8 +24,9 @@ from pagoda.serve.context import ModelContext, ServerState, ServingEngine
 from pagoda.serve.errors import describe
 from pagoda.serve.sse import DONE, event
 from pagoda.serve.stream import StreamWriter
+from pagoda.serve.wire import refuse_unknown
 
-__all__ = ["Call", "GenerateEndpoint", "Renderer", "read_json_body"]
+__all__ = ["Call", "GenerateEndpoint", "Renderer", "read_json_body", "warning_header"]
 
 logger = get_logger("serve")
 
@@ -82,6 +83,8 @@ class GenerateEndpoint:
         given_id = _given_id(headers)
         call = await loop.run_in_executor(state.pool, self._parse, raw, given_id, context)
         call.started = started
+        if state.config.strict_fields:
+            refuse_unknown(call.warnings)
         if (limit := state.config.request_timeout) is not None:
             call.params.timeout = min(call.params.timeout or limit, limit)
         if state.config.enable_log_requests:
@@ -89,7 +92,7 @@ class GenerateEndpoint:
             logger.info("request %s: prompt tokens %s, %s", call.response_id, lengths, call.params)
         answer_headers = [(b"x-request-id", (given_id or call.response_id).encode("ascii", "replace"))]
         if call.warnings:
-            answer_headers.append((b"x-pagoda-warning", "; ".join(call.warnings)[:1000].encode("ascii", "replace")))
+            answer_headers.append((b"x-pagoda-warning", warning_header(call.warnings).encode("ascii")))
         state.metrics.server_load += 1
         try:
             async with _cancelled_by_disconnect(receive):
@@ -231,6 +234,11 @@ async def _merge(streams: list[AsyncGenerator[tuple[int, RequestOutput], None]])
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def warning_header(warnings: list[str]) -> str:
+    """The value of X-Pagoda-Warning."""
+    return "; ".join(warnings)[:1000].encode("ascii", "replace").decode("ascii")
 
 
 def _given_id(headers: Headers) -> str | None:

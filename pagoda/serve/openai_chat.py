@@ -14,7 +14,7 @@ import msgspec
 
 from pagoda import __version__
 from pagoda.base.errors import InvalidRequest
-from pagoda.base.types import CompletionOutput, RequestOutput
+from pagoda.base.types import CompletionOutput, RequestMetrics, RequestOutput
 from pagoda.serve.context import ModelContext
 from pagoda.serve.generation import Call
 from pagoda.serve.logprobs import ChatLogprobs, PromptLogprob, TokenNamer, chat_logprobs, prompt_logprobs
@@ -25,12 +25,14 @@ from pagoda.serve.wire import (
     Int,
     PromptTokensDetails,
     StreamOptions,
+    Timings,
     Usage,
     check_common,
     decode_body,
     sampling_params,
     structured_outputs,
     structured_warnings,
+    timings,
 )
 
 __all__ = [
@@ -79,6 +81,7 @@ class ChatCompletionRequest(GenerationFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -109,6 +112,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     system_fingerprint: str | None = FINGERPRINT
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    metrics: Timings | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -136,6 +140,7 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str | None = FINGERPRINT
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    metrics: Timings | msgspec.UnsetType = msgspec.UNSET
 
 
 def check_messages(messages: list[dict[str, Any]]) -> None:
@@ -174,13 +179,14 @@ def chat_prompt(body: Any, context: ModelContext, **template_kwargs: Any) -> tup
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:
         raise InvalidRequest("`continue_final_message` and `add_generation_prompt` exclude each other", param="continue_final_message")
-    if context.template is None:
+    template = context.template_for(body.chat_template)
+    if template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions, or start the server with --chat-template", param="messages")
     kwargs = {**template_kwargs, **(body.chat_template_kwargs or {})}
     reserved = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"} & kwargs.keys()
     if reserved:
         raise InvalidRequest(f"`chat_template_kwargs` must not set `{min(reserved)}`: it is a field of its own", param="chat_template_kwargs")
-    text = context.template.render(
+    text = template.render(
         body.messages,
         tools=body.tools,
         documents=getattr(body, "documents", None),
@@ -266,6 +272,8 @@ class ChatRenderer:
         self._parsers = [plan.format.parser(prompt, plan.schemas) for _ in range(self._num_samples)]
         self._has_reasoning = body.include_reasoning is not False
         self._tool_format = context.tool_format
+        self._tells_timings = context.tells_timings
+        self._measured: list[RequestMetrics] = []
 
     def whole(self, outputs: list[RequestOutput]) -> bytes:
         output = outputs[0]
@@ -278,6 +286,7 @@ class ChatRenderer:
             usage=self._usage(),
             prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
             prompt_token_ids=output.prompt_token_ids if self._has_token_ids else msgspec.UNSET,
+            metrics=self._timings(),
         )
         return msgspec.json.encode(answer)
 
@@ -316,10 +325,15 @@ class ChatRenderer:
         if not self._has_usage:
             return DONE
         chunk = self._chunk([])
-        chunk.usage = self._usage()
+        chunk.usage, chunk.metrics = self._usage(), self._timings()
         return event(chunk) + DONE
 
+    def _timings(self) -> Timings | msgspec.UnsetType:
+        return timings(self._measured, self._num_generated, self._num_samples) if self._tells_timings else msgspec.UNSET
+
     def _note(self, output: RequestOutput) -> None:
+        if output.metrics is not None:
+            self._measured.append(output.metrics)
         self._prompt_token_ids = output.prompt_token_ids or self._prompt_token_ids
         self._num_cached = max(self._num_cached, output.num_cached_tokens)
         self._num_generated += sum(len(sample.token_ids) for sample in output.outputs)

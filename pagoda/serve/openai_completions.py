@@ -14,7 +14,7 @@ import msgspec
 
 from pagoda import __version__
 from pagoda.base.errors import InvalidRequest
-from pagoda.base.types import CompletionOutput, RequestOutput
+from pagoda.base.types import CompletionOutput, RequestMetrics, RequestOutput
 from pagoda.serve.context import ModelContext
 from pagoda.serve.generation import Call
 from pagoda.serve.logprobs import (
@@ -31,12 +31,14 @@ from pagoda.serve.wire import (
     Int,
     PromptTokensDetails,
     StreamOptions,
+    Timings,
     Usage,
     check_common,
     decode_body,
     sampling_params,
     structured_outputs,
     structured_warnings,
+    timings,
 )
 
 __all__ = ["Completion", "CompletionRequest", "parse"]
@@ -46,6 +48,7 @@ MAX_PROMPTS = 1024
 
 class CompletionRequest(GenerationFields, kw_only=True):
     prompt: str | list[str | Int | list[Int]]
+    suffix: str | None = None
     best_of: Int | None = None
     echo: bool | None = None
     logprobs: Int | None = None
@@ -72,6 +75,7 @@ class Completion(msgspec.Struct, kw_only=True):
     choices: list[CompletionChoice]
     system_fingerprint: str | None = f"pagoda-{__version__}"
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    metrics: Timings | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,24 @@ def _prompts(body: CompletionRequest, context: ModelContext) -> list[_Prompt]:
         items = given  # type: ignore[assignment]
     if len(items) > MAX_PROMPTS:
         raise InvalidRequest(f"`prompt` has {len(items)} prompts; at most {MAX_PROMPTS} fit in one request", param="prompt")
+    if body.suffix:
+        return [_infill(item, body.suffix, special, context) for item in items]
     return [_prompt(item, special, bool(body.echo), context) for item in items]
+
+
+def _infill(item: str | list[int], suffix: str, special: bool, context: ModelContext) -> _Prompt:
+    """What stands before and behind the gap, between the model's own marks."""
+    tokenizer = context.tokenizer
+    marks = [tokenizer.infill_ids.get(role) for role in ("fim_prefix", "fim_suffix", "fim_middle")]
+    before, behind, middle = marks
+    if before is None or behind is None or middle is None:
+        raise InvalidRequest("`suffix` needs a model with infill tokens, which this one has not", param="suffix", code="unsupported")
+    if not isinstance(item, str):
+        raise InvalidRequest("`suffix` needs `prompt` to be text", param="suffix")
+    bare = tokenizer.encode(item, add_special_tokens=False)
+    whole = tokenizer.encode(item, add_special_tokens=special)
+    begins = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
+    return _Prompt(item, [*begins, before, *bare, behind, *tokenizer.encode(suffix, add_special_tokens=False), middle])
 
 
 def _prompt(item: str | list[int], special: bool, needs_text: bool, context: ModelContext) -> _Prompt:
@@ -174,6 +195,8 @@ class CompletionRenderer:
         self._num_cached = [0] * len(prompts)
         self._num_generated = 0
         self._prompt_logprobs: list[list[Position | None] | None] = [None] * len(prompts)
+        self._tells_timings = context.tells_timings
+        self._measured: list[RequestMetrics] = []
         self._offsets: dict[int, int] = {}  # choice -> characters said so far; a choice without entry has not begun
 
     def whole(self, outputs: list[RequestOutput]) -> bytes:
@@ -185,7 +208,7 @@ class CompletionRenderer:
                 samples = sorted(samples, key=_mean_logprob, reverse=True)[: self._num_samples]
             choices += [self._choice(prompt_idx, j, sample, output) for j, sample in enumerate(samples)]
         answer = self._completion(choices)
-        answer.usage = self._usage()
+        answer.usage, answer.metrics = self._usage(), self._timings()
         return msgspec.json.encode(answer)
 
     def opening(self) -> bytes:
@@ -209,13 +232,20 @@ class CompletionRenderer:
         if not self._has_usage:
             return DONE
         chunk = self._completion([])
-        chunk.usage = self._usage()
+        chunk.usage, chunk.metrics = self._usage(), self._timings()
         return event(chunk) + DONE
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices)
 
+    def _timings(self) -> Timings | msgspec.UnsetType:
+        if not self._tells_timings:
+            return msgspec.UNSET
+        return timings(self._measured, self._num_generated, self._num_samples * len(self._prompts))
+
     def _note(self, prompt_idx: int, output: RequestOutput) -> None:
+        if output.metrics is not None:
+            self._measured.append(output.metrics)
         self._num_prompt[prompt_idx] = len(output.prompt_token_ids) or self._num_prompt[prompt_idx]
         self._num_cached[prompt_idx] = max(self._num_cached[prompt_idx], output.num_cached_tokens)
         if output.prompt_logprobs is not None:  # said once, and every sample echoes the prompt

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import ssl
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from starlette.types import Scope
 from pagoda.api.async_engine import AsyncEngine
 from pagoda.api.processor import Processor, sampling_defaults
 from pagoda.base.config import EngineConfig, ServerConfig, changed_fields
-from pagoda.base.errors import PagodaError
+from pagoda.base.errors import InvalidRequest, ModelFileError, PagodaError
 from pagoda.base.log import get_logger
 from pagoda.executor.channel import EngineInfo
 from pagoda.executor.front import Front, load_front
@@ -41,6 +42,7 @@ from pagoda.serve.auth import OPEN_PATHS, read_keys
 from pagoda.serve.context import ModelContext, ServerState
 from pagoda.serve.metrics import StatsLog
 from pagoda.text.message import choose
+from pagoda.text.template import ChatTemplate
 
 __all__ = ["Server", "announcement", "cut_connection", "model_context", "run", "tls_options"]
 
@@ -221,6 +223,8 @@ def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> Model
         template=front.template,
         default_params=sampling_defaults(front.generation_config),
         response_role=server.response_role,
+        tells_timings=server.enable_per_request_metrics,
+        make_template=_template_maker(front.tokenizer.special_tokens) if server.trust_request_chat_template else None,
         tool_format=tools,
         reasoning_format=reasoning,
         created=int(time.time()),
@@ -235,6 +239,19 @@ def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> Model
             "kv_cache_max_concurrency": round(info.max_concurrency, 2),
         },
     )
+
+
+def _template_maker(special_tokens: Mapping[str, str]) -> Callable[[str], ChatTemplate]:
+    """Templates of requests; those used last are kept compiled."""
+
+    @functools.lru_cache(maxsize=32)
+    def make(text: str) -> ChatTemplate:
+        try:
+            return ChatTemplate({"default": text}, special_tokens)
+        except ModelFileError as error:
+            raise InvalidRequest(f"`chat_template` cannot be used: {error}", param="chat_template") from None
+
+    return make
 
 
 def announcement(context: ModelContext, info: EngineInfo, server: ServerConfig, listener: socket.socket, paths: list[str]) -> str:

@@ -25,6 +25,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat, whose template writes them
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -45,9 +46,9 @@ class DetokenizeResponse(msgspec.Struct, kw_only=True):
     prompt: str
 
 
-def tokenize(raw: bytes, context: ModelContext) -> TokenizeResponse:
-    """Body -> tokens. Raises InvalidRequest or NotFound."""
-    body, _ = decode_body(raw, TokenizeRequest)
+def tokenize(raw: bytes, context: ModelContext) -> tuple[TokenizeResponse, list[str]]:
+    """Body -> tokens, and warnings. Raises InvalidRequest or NotFound."""
+    body, warnings = decode_body(raw, TokenizeRequest)
     context.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either `prompt` or `messages`", param="prompt")
@@ -56,14 +57,14 @@ def tokenize(raw: bytes, context: ModelContext) -> TokenizeResponse:
     else:
         _, tokens = chat_prompt(body, context)
     strs = [context.tokenizer.token_str(i) for i in tokens] if body.return_token_strs else None
-    return TokenizeResponse(count=len(tokens), max_model_len=context.max_model_len, tokens=tokens, token_strs=strs)
+    return TokenizeResponse(count=len(tokens), max_model_len=context.max_model_len, tokens=tokens, token_strs=strs), warnings
 
 
-def detokenize(raw: bytes, context: ModelContext) -> DetokenizeResponse:
-    """Token ids -> text, special tokens included. Raises InvalidRequest for ids outside the vocabulary."""
-    body, _ = decode_body(raw, DetokenizeRequest)
+def detokenize(raw: bytes, context: ModelContext) -> tuple[DetokenizeResponse, list[str]]:
+    """Token ids -> text, special tokens included, and warnings. Raises InvalidRequest for ids outside the vocabulary."""
+    body, warnings = decode_body(raw, DetokenizeRequest)
     context.check_model(body.model)
     size = context.tokenizer.vocab_size
     if any(not 0 <= i < size for i in body.tokens):
         raise InvalidRequest(f"`tokens` has ids outside 0..{size - 1}", param="tokens")
-    return DetokenizeResponse(prompt=context.tokenizer.decode(body.tokens, skip_special_tokens=False))
+    return DetokenizeResponse(prompt=context.tokenizer.decode(body.tokens, skip_special_tokens=False)), warnings

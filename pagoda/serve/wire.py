@@ -6,13 +6,14 @@ and unknown fields are reported in a header, not refused. A field whose feature 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from pagoda.base.errors import InvalidRequest
-from pagoda.base.types import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from pagoda.base.types import RequestMetrics, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from pagoda.serve.errors import from_msgspec
 from pagoda.structured.translate import translate
 
@@ -23,12 +24,15 @@ __all__ = [
     "ResponseFormat",
     "StreamOptions",
     "StructuredOutputs",
+    "Timings",
     "Usage",
     "check_common",
     "decode_body",
+    "refuse_unknown",
     "sampling_params",
     "structured_outputs",
     "structured_warnings",
+    "timings",
 ]
 
 Int = Annotated[int, Meta(ge=-(2**53), le=2**53)]
@@ -133,6 +137,34 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     response_format: ResponseFormat | None = None
 
 
+class Timings(msgspec.Struct, kw_only=True):
+    """Of one request, its samples together. Milliseconds; null where it did not come so far."""
+
+    time_to_first_token_ms: float | None = None
+    generation_time_ms: float | None = None
+    queue_time_ms: float | None = None
+    mean_itl_ms: float | None = None
+    tokens_per_second: float | None = None
+
+
+def timings(measured: Sequence[RequestMetrics], num_tokens: int, num_samples: int) -> Timings:
+    """From the engine's clock, from arrival to the last token; `num_tokens` of all `num_samples` samples."""
+    found = Timings()
+    begun = [m for m in measured if m.first_token_time > 0]
+    if not begun:
+        return found
+    arrival, first = min(m.arrival_time for m in begun), min(m.first_token_time for m in begun)
+    last = max(m.last_token_time for m in begun)
+    found.time_to_first_token_ms = round(1e3 * (first - arrival), 3)
+    found.generation_time_ms = round(1e3 * (last - first), 3)
+    found.queue_time_ms = round(1e3 * max(m.scheduled_time - m.queued_time for m in begun), 3)
+    if num_tokens > num_samples:
+        found.mean_itl_ms = round(1e3 * (last - first) / (num_tokens / num_samples - 1), 3)
+    if last > arrival:
+        found.tokens_per_second = round(num_tokens / (last - arrival), 3)
+    return found
+
+
 class PromptTokensDetails(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
 
@@ -145,7 +177,7 @@ class Usage(msgspec.Struct, kw_only=True):
 
 
 UNSUPPORTED = {
-    "suffix": "inserting text before a suffix",
+    "suffix": "inserting text before a suffix in a chat",
     "guided_json": "the old name of `structured_outputs.json`",
     "guided_regex": "the old name of `structured_outputs.regex`",
     "guided_choice": "the old name of `structured_outputs.choice`",
@@ -160,7 +192,6 @@ UNSUPPORTED = {
     "thinking_token_budget": "a thinking budget",
     "repetition_detection": "repetition detection",
     "logprob_token_ids": "logprobs of chosen tokens",
-    "chat_template": "a chat template sent with the request (start the server with --chat-template)",
     "audio": "audio output",
     "web_search_options": "web search",
     "functions": "the old `functions` interface",
@@ -188,6 +219,24 @@ NO_EFFECT = frozenset(
 _HARMLESS = {"function_call": b'"none"', "suffix": b'""'}
 
 
+class UnknownField(str):
+    """The warning about a field that nobody knows."""
+
+    field: str
+
+    def __new__(cls, field: str) -> UnknownField:
+        made = super().__new__(cls, f"unknown field {field} ignored")
+        made.field = field
+        return made
+
+
+def refuse_unknown(warnings: Sequence[str]) -> None:
+    """--strict-fields. Raises InvalidRequest."""
+    for warning in warnings:
+        if isinstance(warning, UnknownField):
+            raise InvalidRequest(f"unknown field `{warning.field}` (the server runs with --strict-fields)", param=warning.field, code="unknown_field")
+
+
 def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
     """The body as `kind` and warnings about fields that were not used. Raises InvalidRequest (400) naming the field."""
     try:
@@ -195,7 +244,7 @@ def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
         body = msgspec.json.decode(raw, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise from_msgspec(exc) from None
-    warnings = []
+    warnings: list[str] = []
     known = kind.__struct_fields__
     for name, value in given.items():
         if name in known or (content := bytes(value)) == b"null":
@@ -204,7 +253,7 @@ def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
             if content != _HARMLESS.get(name):
                 raise InvalidRequest(f"`{name}`: {UNSUPPORTED[name]} is not supported by this version of Pagoda", param=name, code="unsupported")
         elif name not in NO_EFFECT:
-            warnings.append(f"unknown field {_header_safe(name)} ignored")
+            warnings.append(UnknownField(_header_safe(name)))
     return body, warnings
 
 

@@ -22,6 +22,12 @@ from pagoda.text.sentencepiece import TokenType, add_tokens, build_sentencepiece
 __all__ = ["Tokenizer", "load_tokenizer"]
 
 # Tokenizer classes that put bos and eos around a text as tokenizer_config.json says, whatever tokenizer.json does.
+_INFILL = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, Gemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # Code Llama
+)
 _CONFIGURED_CLASSES = ("Llama", "CodeLlama", "Gemma", "Cohere")
 
 
@@ -40,7 +46,7 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens = special_tokens or {}
         self.chat_templates = chat_templates or {}
-        self.infill_ids = infill_ids or {}
+        self.infill_ids = infill_ids or _infill_ids(backend)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocab_size = max([backend.get_vocab_size(with_added_tokens=True) - 1, *added]) + 1
@@ -202,6 +208,15 @@ def _set_around(backend: tokenizers.Tokenizer, special_tokens: dict[str, str], a
 def _token_ids(backend: tokenizers.Tokenizer, text: str | None) -> list[int]:
     token_id = None if text is None else backend.token_to_id(text)
     return [] if token_id is None else [token_id]
+
+
+def _infill_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
+    """The marks of a gap to fill, by the spellings that models use; all three or none."""
+    for spellings in _INFILL:
+        ids = [token_id for spelling in spellings if (token_id := backend.token_to_id(spelling)) is not None]
+        if len(ids) == len(spellings):
+            return dict(zip(("fim_prefix", "fim_suffix", "fim_middle"), ids, strict=True))
+    return {}
 
 
 def _ids_in(config: dict[str, Any]) -> list[int]:

@@ -67,6 +67,13 @@ class PlainTemplate:
         return text + "\nassistant: " if kwargs["add_generation_prompt"] else text
 
 
+def infill_tokenizer() -> Tokenizer:
+    """As `byte_tokenizer`, with the marks of a gap to fill."""
+    backend = byte_tokenizer().backend
+    backend.add_special_tokens(["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
+    return Tokenizer(backend, special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"}, eos_ids=[257])
+
+
 class FakeEngine:
     """Answers `reply` byte by byte, one byte a step. Prompts that contain `!word` make it misbehave in that way."""
 

@@ -90,7 +90,7 @@ BAD_CHATS = {
         {"structured_outputs": {"structural_tag": {"structures": [], "triggers": []}}},
         {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
     ],
-    "chat_template": [{"chat_template": "{{ 1 }}"}],
+    "chat_template": [{"chat_template": "{{ 1 }}"}, {"chat_template": ""}],
     "chat_template_kwargs": [{"chat_template_kwargs": {"tools": 1}}],
     "continue_final_message": [{"continue_final_message": True, "add_generation_prompt": True}],
     "cache_salt": [{"cache_salt": ""}, {"cache_salt": "x" * 1025}],
