@@ -8,16 +8,6 @@
 // while the next pair is fetched.
 #pragma once
 
-// Memory to be fetched piece by piece while something else is computed.
-struct Fetch {
-    const char* at;
-    int64_t left, bytes_per_row;
-    PG_MEMBER void some(int64_t rows) {
-        for (int64_t n = rows * bytes_per_row < left ? rows * bytes_per_row : left; n > 0; n -= 64, at += 64, left -= 64)
-            __builtin_prefetch(at, 0, 2);
-    }
-};
-
 // A quantised row is K / 32 of these.
 template <class Act>
 struct QuantBlock {
@@ -90,14 +80,17 @@ PG_INLINE void block_group(const char* w, int64_t stride, int64_t b, const char*
 }
 
 template <class Panel, int kRows, int kPanels>
-static void block_tile(const char* x, int64_t row_bytes, const char* w, int64_t stride, int64_t num_blocks, int64_t r, int64_t n, const Finish& finish) {
+static void block_tile(const char* x, int64_t row_bytes, const char* w, int64_t stride, int64_t num_blocks, int64_t r, int64_t n, Fetch& next,
+                       const Finish& finish) {
     using Block = QuantBlock<typename Panel::Act>;
+    Fetch ahead = next;
     f32x16 acc[kRows][kPanels];
 #pragma GCC unroll 8
     for (int a = 0; a < kRows; ++a)
 #pragma GCC unroll 8
         for (int p = 0; p < kPanels; ++p) acc[a][p] = zero();
     for (int64_t b = 0; b < num_blocks; ++b, x += sizeof(Block)) {
+        ahead.some();
         block_group<Panel, 0>(w, stride, b, x, row_bytes, acc);
         if constexpr (Panel::kGroups == 2) block_group<Panel, 1>(w, stride, b, x, row_bytes, acc);
         if constexpr (Panel::kHasMin)
@@ -108,6 +101,7 @@ static void block_tile(const char* x, int64_t row_bytes, const char* w, int64_t 
                 for (int a = 0; a < kRows; ++a) acc[a][p] = fma(m, set1(((const Block*)(x + a * row_bytes))->dsum), acc[a][p]);
             }
     }
+    next = ahead;
 #pragma GCC unroll 8
     for (int a = 0; a < kRows; ++a)
 #pragma GCC unroll 8
@@ -115,13 +109,12 @@ static void block_tile(const char* x, int64_t row_bytes, const char* w, int64_t 
             if (n + 16 * p < finish.out->cols) finish(acc[a][p], r + a, n + 16 * p);
 }
 
-// Rows [r, r + rows) against kPanels panels; between two tiles another piece of what comes next is fetched.
+// Rows [r, r + rows) against kPanels panels, while what comes next is fetched.
 template <class Panel, int kPanels, int kRows>
 static void block_rows(const char* x, int64_t row_bytes, const char* w, int64_t stride, int64_t num_blocks, int64_t r, int64_t rows, int64_t n,
                        Fetch& next, const Finish& finish) {
     while (rows >= kRows) {
-        next.some(kRows);
-        block_tile<Panel, kRows, kPanels>(x, row_bytes, w, stride, num_blocks, r, n, finish);
+        block_tile<Panel, kRows, kPanels>(x, row_bytes, w, stride, num_blocks, r, n, next, finish);
         x += kRows * row_bytes;
         r += kRows;
         rows -= kRows;
@@ -134,10 +127,11 @@ static void block_rows(const char* x, int64_t row_bytes, const char* w, int64_t 
 template <class Format, class Act>
 static void stored_panels(const char* x, const pg_tensor& weight, int64_t rows, int64_t begin, int64_t end, const Finish& finish) {
     const int64_t k = weight.cols, bytes = panel_bytes<Format>(k);
-    Fetch nothing{};
-    for (int64_t p = begin; p < end; ++p)
-        block_rows<Stored<Format, Act>, 1, kStoredRows>(x, quant_row_bytes<Act>(k), static_cast<const char*>(weight.data) + p * bytes, bytes, k / 32,
-                                                        0, rows, p * 16, nothing, finish);
+    for (int64_t p = begin; p < end; ++p) {
+        const char* w = static_cast<const char*>(weight.data) + p * bytes;
+        Fetch next = fetch(w + bytes, p + 1 < end ? bytes : 0, k / 32);
+        block_rows<Stored<Format, Act>, 1, kStoredRows>(x, quant_row_bytes<Act>(k), w, bytes, k / 32, 0, rows, p * 16, next, finish);
+    }
 }
 
 // Many rows: groups [begin, end) of kBlockPanels panels are unpacked into `room`, then multiplied with rows [r, r + rows).
@@ -152,7 +146,7 @@ static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, i
         for (int64_t p = first; p < first + kBlockPanels && p < panels; ++p) unpack_panel<Format, Act>(w + p * bytes, k, room + (p - first) * stride);
         const int64_t after = first + kBlockPanels;
         const int64_t ahead = group + 1 < end ? (after + kBlockPanels < panels ? kBlockPanels : panels - after) * bytes : 0;
-        Fetch next{w + after * bytes, ahead, ahead / rows + 1};
+        Fetch next = fetch(w + after * bytes, ahead, k / 32 * ((rows + kBlockRows - 1) / kBlockRows));
         block_rows<Panel, kBlockPanels, kBlockRows>(x + r * row_bytes, row_bytes, room, stride, k / 32, r, rows, first * 16, next, finish);
     }
 }

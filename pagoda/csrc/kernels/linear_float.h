@@ -16,6 +16,20 @@ struct Bf16Panels {
     PG_INLINE f32x16 step(f32x16 acc, const char* w, const uint16_t* x) { return dot_bf16(acc, load_bytes(w), x); }
 };
 
+// Memory to be fetched piece by piece while something else is computed: a few cache lines with each step of a tile,
+// because more at once would wait for each other.
+struct Fetch {
+    const char* at;
+    int64_t left, lines;   // bytes still to fetch; cache lines a step
+    PG_MEMBER void some() {
+        if (left <= 0) return;
+        for (int64_t n = 0; n < lines; ++n) __builtin_prefetch(at + 64 * n, 0, 2);
+        at += 64 * lines;
+        left -= 64 * lines;
+    }
+};
+PG_INLINE Fetch fetch(const char* at, int64_t bytes, int64_t steps) { return {at, bytes, bytes / 64 / steps + 1}; }
+
 // What happens to a finished accumulator: bias, residual, store.
 struct Finish {
     const pg_tensor *bias, *residual, *out;
@@ -31,31 +45,35 @@ struct Finish {
 
 template <class Panels, int kRows, int kPanels>
 static void float_tile(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
-                       int64_t steps, int64_t r, int64_t n, const Finish& finish) {
+                       int64_t steps, int64_t r, int64_t n, Fetch& next, const Finish& finish) {
+    Fetch ahead = next;
     f32x16 acc[kRows][kPanels];
     for (int a = 0; a < kRows; ++a)
         for (int p = 0; p < kPanels; ++p) acc[a][p] = zero();
-    for (int64_t k = 0; k < steps; ++k)
+    for (int64_t k = 0; k < steps; ++k) {
+        ahead.some();
 #pragma GCC unroll 8
         for (int a = 0; a < kRows; ++a)
 #pragma GCC unroll 4
             for (int p = 0; p < kPanels; ++p)
                 acc[a][p] = Panels::step(acc[a][p], w + p * panel_bytes + k * 64, x + a * x_stride + k * Panels::kStep);
+    }
+    next = ahead;
     for (int a = 0; a < kRows; ++a)
         for (int p = 0; p < kPanels; ++p) finish(acc[a][p], r + a, n + 16 * p);
 }
 
 template <class Panels, int kPanels, int kRows = kTileRows>
 static void float_rows(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
-                       int64_t steps, int64_t r, int64_t rows, int64_t n, const Finish& finish) {
+                       int64_t steps, int64_t r, int64_t rows, int64_t n, Fetch& next, const Finish& finish) {
     while (rows >= kRows) {
-        float_tile<Panels, kRows, kPanels>(x, x_stride, w, panel_bytes, steps, r, n, finish);
+        float_tile<Panels, kRows, kPanels>(x, x_stride, w, panel_bytes, steps, r, n, next, finish);
         x += kRows * x_stride;
         r += kRows;
         rows -= kRows;
     }
     if constexpr (kRows > 1)
-        if (rows) float_rows<Panels, kPanels, kRows - 1>(x, x_stride, w, panel_bytes, steps, r, rows, n, finish);
+        if (rows) float_rows<Panels, kPanels, kRows - 1>(x, x_stride, w, panel_bytes, steps, r, rows, n, next, finish);
 }
 
 // All rows against panels [begin, end).
@@ -64,9 +82,14 @@ static void float_panels(const typename Panels::Element* x, int64_t x_stride, co
                          int64_t begin, int64_t end, const Finish& finish) {
     const int64_t steps = (weight.cols + Panels::kStep - 1) / Panels::kStep, panel_bytes = steps * 64;
     const char* w = static_cast<const char*>(weight.data);
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     int64_t p = begin;
-    for (; p + kTilePanels <= end; p += kTilePanels)
-        float_rows<Panels, kTilePanels>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, 0, rows, p * 16, finish);
+    for (; p + kTilePanels <= end; p += kTilePanels) {
+        const int64_t left = end - p - kTilePanels, ahead = (left < kTilePanels ? left : kTilePanels) * panel_bytes;
+        Fetch next = fetch(w + (p + kTilePanels) * panel_bytes, rows > 1 ? ahead : 0, steps * tiles);
+        float_rows<Panels, kTilePanels>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, 0, rows, p * 16, next, finish);
+    }
+    Fetch nothing{};
     for (; p < end; ++p)
-        float_rows<Panels, 1>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, 0, rows, p * 16, finish);
+        float_rows<Panels, 1>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, 0, rows, p * 16, nothing, finish);
 }
