@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class Round:
         found = []
         for name in names:
             times = self.arrivals[name]
-            found += [b - a for a, b in zip(times, times[1:]) if a >= start and b <= stop]
+            found += [b - a for a, b in pairwise(times) if a >= start and b <= stop]
         return found
 
     def drain(self) -> None:
@@ -97,9 +98,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--itl-target-ms", type=float, help="as the flag of `pagoda serve`; 0 turns pacing off")
+    parser.add_argument("--linear-activations", default="auto", choices=["auto", "int8", "int16"])
     args = parser.parse_args()
     engine = build_engine(
-        config_from_kwargs(args.model, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 30, itl_target_ms=args.itl_target_ms)
+        config_from_kwargs(
+            args.model,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=1 << 30,
+            itl_target_ms=args.itl_target_ms,
+            linear_activations=args.linear_activations,
+        )
     )
     rounds = [measure(engine.core, min(engine.facts.vocab_size, 40000), seed, args) for seed in range(args.rounds + 1)][1:]
     print(machine_line())
