@@ -21,6 +21,7 @@ from pagoda.base.types import RequestOutput, SamplingParams
 from pagoda.engine.stats import EngineStats
 from pagoda.serve.arrivals import ArrivalRecorder
 from pagoda.serve.metrics import ServerMetrics
+from pagoda.text.tools.parser import Format
 
 __all__ = ["ChatTemplateLike", "ModelContext", "ServerState", "ServingEngine", "TokenizerLike"]
 
@@ -98,6 +99,7 @@ class ModelContext:
     make_template: Callable[[str], ChatTemplateLike] | None = None  # for requests that bring one; None: not trusted
     tool_format: str | None = None  # names of `text/message.py`
     reasoning_format: str | None = None
+    derived_format: Format | None = None  # what the tool format `template` stands for
     created: int = 0  # seconds since 1970, shown by /v1/models
     server_info: dict[str, Any] = field(default_factory=dict)  # answer of /server_info
     cache_facts: dict[str, object] = field(default_factory=dict)  # labels of the metric cache_config_info

@@ -209,11 +209,8 @@ def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> Model
     """What parsers may know, from the two halves of a loaded model."""
     m = info.config.model
     assert isinstance(m.max_model_len, int)
-    tools, reasoning = choose(
-        server.tool_call_parser if server.enable_auto_tool_choice else "none",
-        server.reasoning_parser,
-        {} if front.template is None else front.template.sources,
-    )
+    tool_parser = server.tool_call_parser if server.enable_auto_tool_choice else "none"
+    chosen = choose(tool_parser, server.reasoning_parser, front.template)
     return ModelContext(
         model_names=tuple(m.served_model_name) or (front.name,),
         model_path=str(front.path),
@@ -225,8 +222,9 @@ def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> Model
         response_role=server.response_role,
         tells_timings=server.enable_per_request_metrics,
         make_template=_template_maker(front.tokenizer.special_tokens) if server.trust_request_chat_template else None,
-        tool_format=tools,
-        reasoning_format=reasoning,
+        tool_format=chosen.tools,
+        reasoning_format=chosen.reasoning,
+        derived_format=chosen.derived,
         created=int(time.time()),
         server_info=describe_server(
             info.config, server, model=front.name, num_gpu_blocks=info.num_blocks - 1, kv_cache_size_tokens=info.num_kv_tokens,

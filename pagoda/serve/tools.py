@@ -78,7 +78,8 @@ def plan_tools(body: Any, context: ModelContext, warnings: list[str]) -> ToolPla
             warnings.append("tool calls come as text: this model's format of calls is not known; see --tool-call-parser")
         elif body.response_format is not None and body.response_format.type != "text":
             warnings.append("response_format holds the answer, so it can have no tool calls")
-        return ToolPlan(output_format(tools, reasoning, has_tools=True, max_calls=max_calls), schemas)
+        format_ = output_format(tools, reasoning, derived=context.derived_format, has_tools=True, max_calls=max_calls)
+        return ToolPlan(format_, schemas)
     format_ = output_format(context.tool_format, reasoning, forced=choice, has_tools=True, max_calls=max_calls)
     schema = _parameters(schemas[names[0]]) if choice == "named" else _list_of_calls(schemas, max_calls)
     return ToolPlan(format_, schemas, StructuredOutputsParams(json=schema))

@@ -28,15 +28,19 @@ class HarmonyParser:
         self._header, _, body = inside.partition("<|message|>")
         self._is_body = bool(body)
         self._kind = self._kind_of(self._header) if self._is_body else ""
-        self._held = ""
+        self._held = self._opening = ""
         self._num_calls = 0
-        self._has_header = False  # a marker was seen: what stands before one is plain content
+        self._has_header = bool(inside) and not self._is_body  # text before a marker is a header, otherwise plain content
+        self._is_plain = True  # no message has begun
 
     def feed(self, text: str) -> list[Delta]:
         return self._read(self._held + text, is_end=False)
 
     def close(self) -> list[Delta]:
-        return self._read(self._held, is_end=True)
+        deltas = self._read(self._held, is_end=True)
+        if self._is_plain and not self._is_body and self._opening.strip():
+            deltas.append(Delta("content", self._opening))  # a header that nothing followed: the model does not speak Harmony
+        return joined(deltas)
 
     def _read(self, stream: str, *, is_end: bool) -> list[Delta]:
         self._held = ""
@@ -58,6 +62,7 @@ class HarmonyParser:
         if not self._is_body:
             if self._has_header:
                 self._header += text
+                self._opening += text if self._is_plain else ""
             elif text.strip():
                 deltas.append(Delta("content", text))
         elif self._kind == "arguments":
@@ -66,7 +71,7 @@ class HarmonyParser:
             deltas.append(Delta("reasoning" if self._kind == "reasoning" else "content", text))
 
     def _turn(self, marker: str, deltas: list[Delta]) -> None:
-        self._has_header = True
+        self._has_header, self._is_plain = True, False
         if marker != "<|message|>":
             self._is_body = False
             if marker in ("<|start|>", "<|end|>", "<|return|>", "<|call|>"):

@@ -7,25 +7,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pagoda.base.errors import ConfigError
 from pagoda.base.registry import nearest
 from pagoda.text.harmony import MARKERS as HARMONY_MARKERS
 from pagoda.text.harmony import HarmonyParser
 from pagoda.text.reasoning.parser import REASONING_FORMATS, ReasoningFormat, ReasoningParser
+from pagoda.text.template import ChatTemplate
 from pagoda.text.tools.formats import FORMATS, NAMED, REQUIRED
+from pagoda.text.tools.generic import derive
 from pagoda.text.tools.parser import Delta, Format, Schemas, ToolParser, joined
 
-__all__ = ["MessageParser", "OutputFormat", "choose", "detect_reasoning", "detect_tools", "output_format"]
+__all__ = ["Chosen", "MessageParser", "OutputFormat", "choose", "detect_reasoning", "detect_tools", "output_format"]
 
 HARMONY = "openai"
+TEMPLATE = "template"
 AUTO, NONE = "auto", "none"
 
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (  # tool format -> what its template has, all of it; the first that fits
     (HARMONY, ("<|channel|>", "<|message|>")),
+    ("deepseek_v32", ("｜DSML｜", "function_calls")),
+    ("deepseek_v4", ("｜DSML｜",)),
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
     ("kimi_k2", ("<|tool_calls_section_begin|>",)),
@@ -140,26 +145,48 @@ def detect_reasoning(templates: Iterable[str]) -> str | None:
     return next((name for name in order if REASONING_FORMATS[name].start in text and REASONING_FORMATS[name].end in text), None)
 
 
-def choose(tool_parser: str, reasoning_parser: str, templates: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Names of formats from flags: `auto` looks at the templates, `none` is None. Raises ConfigError for an unknown name."""
+class Chosen(NamedTuple):
+    """Names of formats; `derived` is the one that `template` stands for."""
+
+    tools: str | None
+    reasoning: str | None
+    derived: Format | None = None
+
+
+def choose(tool_parser: str, reasoning_parser: str, template: ChatTemplate | None) -> Chosen:
+    """From flags: `auto` looks for formats of the table in the template, and else reads one off it, as `template` does; `none` is None.
+
+    Raises ConfigError for an unknown name.
+    """
+    templates = {} if template is None else template.sources
     tools = detect_tools(templates.values()) if tool_parser == AUTO else None if tool_parser == NONE else tool_parser
+    derived = None
+    if template is not None and (tool_parser == TEMPLATE or (tool_parser == AUTO and tools is None and any("tool" in source for source in templates.values()))):
+        derived = derive(template)
+        tools = None if derived is None else TEMPLATE
     reasoning = detect_reasoning(templates.values()) if reasoning_parser == AUTO else None if reasoning_parser == NONE else reasoning_parser
     reasoning = HARMONY if reasoning == "openai_gptoss" else reasoning
     for flag, name, known in (("tool-call-parser", tools, FORMATS), ("reasoning-parser", reasoning, REASONING_FORMATS)):
-        names = sorted([*known, HARMONY, AUTO, NONE])
+        names = sorted([*known, HARMONY, AUTO, NONE, *([TEMPLATE] if known is FORMATS else [])])
         if name is not None and name not in names:
             raise ConfigError(f"`--{flag} {name}` is not known{nearest(name, names)}; there are {', '.join(names)}")
-    return tools, reasoning
+    return Chosen(tools, reasoning, derived)
 
 
 def output_format(
-    tools: str | None, reasoning: str | None, *, forced: str | None = None, has_tools: bool = False, max_calls: int | None = None
+    tools: str | None,
+    reasoning: str | None,
+    *,
+    derived: Format | None = None,
+    forced: str | None = None,
+    has_tools: bool = False,
+    max_calls: int | None = None,
 ) -> OutputFormat:
     """For one request: `forced` is "required" or "named" where a grammar holds the answer to calls."""
     is_harmony = HARMONY in (reasoning, tools if has_tools else None)
     format_ = {"required": REQUIRED, "named": NAMED}.get(forced or "")
     if format_ is None and has_tools and tools is not None and not is_harmony:
-        format_ = FORMATS[tools] if tools != HARMONY else None
+        format_ = derived if tools == TEMPLATE else FORMATS[tools]
     found = None if reasoning is None or is_harmony else REASONING_FORMATS[reasoning]
     return OutputFormat(format_, found, is_harmony, max_calls)
 

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagoda.base.errors import ConfigError
+from pagoda.base.errors import ConfigError, InvalidRequest
 from pagoda.text.message import OutputFormat, choose, detect_reasoning, detect_tools, output_format
 from pagoda.text.reasoning.parser import REASONING_FORMATS, ReasoningParser
+from pagoda.text.template import ChatTemplate
 from pagoda.text.tools.formats import FORMATS
+from pagoda.text.tools.generic import shown_answer
 from pagoda.text.tools.parser import Delta, joined, schemas_of
 
 TOOLS: list[dict[str, Any]] = [
@@ -206,6 +208,9 @@ def test_harmony() -> None:
     assert read(format_, [text], "<|start|>assistant") == ("think", "I look.", [("f", '{"n": 1}')])
     assert read(format_, ["<|channel|>final<|message|>Hi<|return|>"], "<|start|>assistant") == ("", "Hi", [])
     assert read(format_, ["plain"], "") == ("", "plain", [])
+    assert read(format_, ["pl", "ain"], "<|start|>assistant") == ("", "plain", [])  # not Harmony after all
+    early = ' to=functions.f<|channel|>commentary json<|message|>{"n": 2}<|call|>'
+    assert read(format_, list(early), "<|start|>assistant") == ("", "", [("f", '{"n": 2}')])
 
 
 def test_reasoning_then_calls_and_one_call_only() -> None:
@@ -237,11 +242,46 @@ def test_formats_are_chosen_from_templates(shared_data: Path) -> None:
     for name, expected in EXPECTED.items():
         source = (shared_data / "templates/llama.cpp" / f"{name}.jinja").read_text(encoding="utf-8")
         assert (detect_tools([source]), detect_reasoning([source])) == expected, name
-        assert choose("auto", "auto", {"default": source}) == expected
 
 
 def test_flags() -> None:
-    assert choose("hermes", "none", {}) == ("hermes", None)
-    assert choose("none", "openai_gptoss", {}) == (None, "openai")
+    assert choose("hermes", "none", None)[:2] == ("hermes", None)
+    assert choose("none", "openai_gptoss", None)[:2] == (None, "openai")
     with pytest.raises(ConfigError, match="hermes"):
-        choose("hermess", "auto", {})
+        choose("hermess", "auto", None)
+    plain = ChatTemplate({"default": "{% for m in messages %}{{ m.content }}{% endfor %}"}, {})
+    assert choose("auto", "auto", plain) == (None, None, None)
+
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+PROBE = {"zkey": "a <b> {c}", "zother": 7}
+PROBE_TOOLS = [{"type": "function", "function": {"name": "get_probe", "description": "d", "parameters": {
+    "type": "object", "properties": {"zkey": {"type": "string"}, "zother": {"type": "integer"}}, "required": ["zkey"]}}}]  # fmt: skip
+NOT_READ = {"Kimi-K3", "MiniMax-M3", "muse-glimmer", "tencent-Hy3"}  # XML of their own, which the table does not have
+
+
+def test_every_templates_own_call_is_read(shared_data: Path) -> None:
+    """What a template shows for a call, as the model would write it, read in the format chosen for that template."""
+    call = {"id": "call00001", "type": "function", "function": {"name": "get_probe", "arguments": PROBE}}
+    answer, ask = {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "user", "content": "zuser"}
+    num_read, num_derived, failed = 0, 0, set()
+    for path in sorted((shared_data / "templates/llama.cpp").glob("*.jinja")):
+        template = ChatTemplate({"default": path.read_text(encoding="utf-8")}, TOKENS)
+        try:
+            prompt = template.render([ask], tools=PROBE_TOOLS)
+            whole = template.render([ask, answer], tools=PROBE_TOOLS, add_generation_prompt=False)
+        except InvalidRequest:
+            continue
+        text = shown_answer(prompt, whole)
+        if "get_probe" not in text:
+            continue
+        chosen = choose("auto", "auto", template)
+        format_ = output_format(chosen.tools, chosen.reasoning, derived=chosen.derived, has_tools=True)
+        _, _, calls = read(format_, list(text), whole[: len(whole) - len(text)], PROBE_TOOLS)
+        if [(name, loads(arguments)) for name, arguments in calls] == [("get_probe", PROBE)]:
+            num_read += 1
+            num_derived += chosen.derived is not None
+        else:
+            failed.add(path.stem)
+    assert failed == NOT_READ
+    assert num_read >= 48 and num_derived >= 6

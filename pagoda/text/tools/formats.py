@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pagoda.text.tools.parser import Calls, Coroutine, Format
@@ -27,12 +27,16 @@ from pagoda.text.tools.scan import (
 )
 from pagoda.text.tools.values import python_value, typed
 
-__all__ = ["FORMATS", "NAMED", "REQUIRED"]
+__all__ = ["FORMATS", "NAMED", "REQUIRED", "name_then_json", "tagged"]
 
 # ---- JSON objects
 
 
-def _json_call(calls: Calls, cursor: Cursor, *, needs_arguments: bool = False) -> Reading[None]:
+_NAME_KEYS = ("name",)
+_ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+def _json_call(calls: Calls, cursor: Cursor, *, needs_arguments: bool = False, name_keys: tuple[str, ...] = _NAME_KEYS) -> Reading[None]:
     """One object; its `{` was read. The call begins when its name is known and its arguments begin, in whatever order they come."""
     name = call_id = held = None
     while True:
@@ -46,12 +50,12 @@ def _json_call(calls: Calls, cursor: Cursor, *, needs_arguments: bool = False) -
         yield from skip_space(cursor)
         yield from expect(cursor, ":")
         yield from skip_space(cursor)
-        if key == "name" and (yield from one_of(cursor, ('"',))):
+        if key in name_keys and (yield from one_of(cursor, ('"',))):
             name = yield from json_string(cursor)
             if held is not None:
                 _begin(calls, name, call_id)
                 calls.arguments(held)
-        elif key in ("arguments", "parameters"):
+        elif key in _ARGUMENT_KEYS:
             if name is not None:
                 _begin(calls, name, call_id)
                 yield from _copy_arguments(calls, cursor)
@@ -99,11 +103,15 @@ def _keyed_call(calls: Calls, cursor: Cursor) -> Reading[None]:
     calls.end()
 
 
-def _json_calls(calls: Calls, cursor: Cursor, *, is_keyed: bool = False, needs_arguments: bool = False) -> Reading[None]:
+def _json_calls(
+    calls: Calls, cursor: Cursor, *, is_keyed: bool = False, needs_arguments: bool = False, name_keys: tuple[str, ...] = _NAME_KEYS
+) -> Reading[None]:
     """An object, or a list of objects."""
 
     def call() -> Reading[None]:
-        return _keyed_call(calls, cursor) if is_keyed else _json_call(calls, cursor, needs_arguments=needs_arguments)
+        if is_keyed:
+            return _keyed_call(calls, cursor)
+        return _json_call(calls, cursor, needs_arguments=needs_arguments, name_keys=name_keys)
 
     yield from skip_space(cursor)
     first = yield from cursor.read()
@@ -125,14 +133,14 @@ def _json_calls(calls: Calls, cursor: Cursor, *, is_keyed: bool = False, needs_a
             raise Malformed
 
 
-def tagged(*closings: str, begins_with: str = "", is_keyed: bool = False) -> Coroutine:
+def tagged(*closings: str, begins_with: str = "", is_keyed: bool = False, name_keys: tuple[str, ...] = _NAME_KEYS) -> Coroutine:
     """JSON behind the trigger (and `begins_with`), then perhaps one of `closings`."""
 
     def read(calls: Calls, cursor: Cursor, trigger: str) -> Reading[None]:
         if begins_with:
             yield from skip_space(cursor)
             yield from expect(cursor, begins_with)
-        yield from _json_calls(calls, cursor, is_keyed=is_keyed)
+        yield from _json_calls(calls, cursor, is_keyed=is_keyed, name_keys=name_keys)
         if closings:
             yield from skip_space(cursor)
             yield from one_of(cursor, closings)
@@ -153,6 +161,27 @@ def _bare_json(calls: Calls, cursor: Cursor, trigger: str) -> Reading[None]:
 
 
 # ---- a name, then JSON
+
+
+def name_then_json(before_name: str, before_json: str, closing: str) -> Coroutine:
+    """[id before_name] NAME before_json {...} [closing], for formats read off a template."""
+
+    def read(calls: Calls, cursor: Cursor, trigger: str) -> Reading[None]:
+        call_id = None
+        if before_name:
+            call_id, marker = yield from until(cursor, before_name)
+            if marker is None:
+                raise Malformed
+        name, marker = yield from until(cursor, before_json)
+        if marker is None or not name.strip() or len(name) > 256:
+            raise Malformed
+        calls.start(name.strip(), call_id)
+        yield from copy_json(cursor, calls.arguments)
+        yield from skip_space(cursor)
+        if closing:
+            yield from one_of(cursor, (closing,))
+
+    return read
 
 
 def _deepseek(*, has_type: bool) -> Coroutine:
@@ -262,8 +291,9 @@ class Xml:
             value, end = yield from until(cursor, self.value_close, *ends)
             if close is None or end is None:
                 return
-            key = key.strip().strip('"')
-            calls.argument(key, typed(_trimmed(value), calls.parameter(key), guesses=self.guesses))
+            key, _, rest = key.strip().removeprefix('"').partition('"')
+            schema = {"type": "string"} if 'string="true"' in rest else calls.parameter(key)
+            calls.argument(key, typed(_trimmed(value), schema, guesses=self.guesses))
             marker = end
             if end == self.value_close:
                 _, marker = yield from until(cursor, *ends)
@@ -272,7 +302,9 @@ class Xml:
 
 
 def _trimmed(value: str) -> str:
-    """Without the line breaks that only set the value off."""
+    """Without the line breaks that only set the value off, or what quotes it as a whole."""
+    if value.startswith("<![CDATA[") and value.endswith("]]>"):
+        return value[9:-3]
     return value.removeprefix("\n").removesuffix("\n")
 
 
@@ -432,6 +464,11 @@ _SEED_XML = Xml("<function=", ">", "<parameter=", ">", "</parameter>", "</functi
 _MINIMAX_XML = Xml(
     "<invoke name=", ">", "<parameter name=", ">", "</parameter>", "</invoke>", "<minimax:tool_call>", "</minimax:tool_call>", guesses=True
 )
+_DEEPSEEK_XML = Xml(
+    "<｜DSML｜invoke name=", ">", "<｜DSML｜parameter name=", ">", "</｜DSML｜parameter>", "</｜DSML｜invoke>",
+    "<｜DSML｜function_calls>", "</｜DSML｜function_calls>", guesses=True,
+)  # fmt: skip
+_DEEPSEEK_V4_XML = replace(_DEEPSEEK_XML, outer_open="<｜DSML｜tool_calls>", outer_close="</｜DSML｜tool_calls>")
 _MINICPM_XML = Xml("<function name=", ">", "<param name=", ">", "</param>", "</function>", guesses=True)
 _GLM = Format(_glm, ("<tool_call>",), markers=("</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"))
 _DEEPSEEK_MARKERS = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>")
@@ -449,6 +486,8 @@ FORMATS: dict[str, Format] = {
     "apertus": Format(tagged("<|tools_suffix|>", is_keyed=True), ("<|tools_prefix|>",), markers=("<|tools_suffix|>",)),
     "deepseek_v3": Format(_deepseek(has_type=True), ("<｜tool▁calls▁begin｜>",), markers=_DEEPSEEK_MARKERS),
     "deepseek_v31": Format(_deepseek(has_type=False), ("<｜tool▁calls▁begin｜>",), markers=_DEEPSEEK_MARKERS),
+    "deepseek_v32": _xml(_DEEPSEEK_XML),
+    "deepseek_v4": _xml(_DEEPSEEK_V4_XML),
     "ernie45": _HERMES,
     "functiongemma": Format(_gemma("<escape>", "<end_function_call>"), ("<start_function_call>",), markers=("<escape>", "<end_function_call>")),
     "gemma4": Format(_gemma('<|"|>', "<tool_call|>"), ("<|tool_call>",), markers=('<|"|>', "<tool_call|>")),
