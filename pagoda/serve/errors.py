@@ -21,6 +21,8 @@ __all__ = ["ErrorBody", "ErrorBoundary", "ErrorInfo", "describe", "error_respons
 logger = get_logger("serve")
 
 _LONGEST_MESSAGE = 1000  # characters; a client's own megabyte is not sent back to it
+_CODES = {400: "invalid_request", 429: "rate_limit_exceeded", 500: "internal_error", 503: "unavailable", 504: "timeout"}
+"""Where an error has no code of its own. OpenAI's are strings."""
 _AT = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
 
 
@@ -28,7 +30,7 @@ class ErrorInfo(msgspec.Struct):
     message: str
     type: str
     param: str | None = None
-    code: str | int | None = None
+    code: str | None = None
 
 
 class ErrorBody(msgspec.Struct):
@@ -40,10 +42,10 @@ def describe(exc: BaseException) -> tuple[int, ErrorBody]:
     if isinstance(exc, HTTPException):
         return exc.status_code, ErrorBody(_http_info(exc))
     if not isinstance(exc, PagodaError):
-        return 500, ErrorBody(ErrorInfo("internal error; the server's log has the details", "InternalServerError", None, 500))
+        return 500, ErrorBody(ErrorInfo("internal error; the server's log has the details", "InternalServerError", None, _CODES[500]))
     message = exc.message if len(exc.message) <= _LONGEST_MESSAGE else exc.message[:_LONGEST_MESSAGE] + "..."
     param, code = (exc.param, exc.code) if isinstance(exc, RequestError) else (None, None)
-    return exc.http_status, ErrorBody(ErrorInfo(message, exc.type, param, code or exc.http_status))
+    return exc.http_status, ErrorBody(ErrorInfo(message, exc.type, param, code or _CODES.get(exc.http_status)))
 
 
 def _http_info(exc: HTTPException) -> ErrorInfo:
@@ -51,7 +53,7 @@ def _http_info(exc: HTTPException) -> ErrorInfo:
         return ErrorInfo("no such route; see /openapi.json for the list", "NotFoundError", None, "route_not_found")
     if exc.status_code == 405:
         return ErrorInfo("this route does not take that method; see /openapi.json", "MethodNotAllowedError", None, "method_not_allowed")
-    return ErrorInfo(str(exc.detail), "HTTPError", None, exc.status_code)
+    return ErrorInfo(str(exc.detail), "HTTPError", None, _CODES.get(exc.status_code))
 
 
 def error_response(exc: BaseException) -> Response:
