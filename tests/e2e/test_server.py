@@ -86,6 +86,56 @@ def test_structured_output_over_http(server: str) -> None:
         client.completions.create(model=MODEL, prompt="x", extra_body={"structured_outputs": {"regex": "(a"}})
 
 
+def test_structured_streams_with_random_aborts(server: str) -> None:
+    """Schemas, expressions, forced calls and bad grammars together, a third of them left early: each fits, and nothing is left behind."""
+    draw = random.Random(3)
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "n": {"type": "integer", "maximum": 99}},
+              "required": ["name", "n"], "additionalProperties": False}  # fmt: skip
+    kinds: list[dict[str, object]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        {"extra_body": {"structured_outputs": {"regex": "[a-z]{5,9} [0-9]{2}"}}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}], "tool_choice": "required", "parallel_tool_calls": False},
+        {"extra_body": {"structured_outputs": {"regex": "(a"}}},
+    ]
+    ends: Counter[str] = Counter()
+
+    async def one(client: openai.AsyncOpenAI, i: int) -> None:
+        leave_after = draw.choice([None, None, draw.randint(1, 8)])
+        asked = {"model": MODEL, "messages": [{"role": "user", "content": f"Person {i}"}], "max_tokens": 120, "seed": i, "stream": True}
+        try:
+            stream = await client.chat.completions.create(**asked, **kinds[i % 4])
+        except openai.BadRequestError:
+            ends[f"refused {i % 4}"] += 1
+            return
+        text, reason, num = "", None, 0
+        async for chunk in stream:
+            num += 1
+            if leave_after is not None and num > leave_after:
+                await stream.close()
+                ends["left"] += 1
+                return
+            delta = chunk.choices[0].delta
+            text += (delta.content or "") + "".join(call.function.arguments or "" for call in delta.tool_calls or ())
+            reason = chunk.choices[0].finish_reason or reason
+        if reason == "length":
+            ends["length"] += 1
+            return
+        assert re.fullmatch("[a-z]{5,9} [0-9]{2}", text) if i % 4 == 1 else json.loads(text)["n"] <= 99
+        ends["fits"] += 1
+
+    async def all_of_them() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            await asyncio.gather(*(one(client, i) for i in range(80)))
+
+    asyncio.run(all_of_them())
+    assert ends["refused 3"] == 20 and sum(ends.values()) == 80 and ends["fits"] > 10, ends
+    end = time.monotonic() + 10
+    while (found := figures(server)) and total(found, "vllm:num_requests_running") + total(found, "vllm:num_requests_waiting"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert total(figures(server), "vllm:kv_cache_usage_perc") == 0.0
+
+
 def test_forced_tool_calls(server: str) -> None:
     """Held by a grammar, so any model can make them; streamed and whole answers are the same."""
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)

@@ -7,12 +7,19 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from pagoda.base.types import SamplingParams
 from tests.serve.fakes import MODEL, Rig
+from tests.serve.test_openai_specification import Specification, specification
+from tests.text.test_messages import CASES
+from tests.text.test_messages import TOOLS as TOOLS_OF_CASES
 
+__all__ = ["specification"]  # a fixture
+
+FUNCTION = TOOLS_OF_CASES[0]["function"]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "get_weather", "description": "now", "parameters": SCHEMA}},
@@ -132,3 +139,43 @@ def test_a_template_without_calls(rig: Rig, client: openai.OpenAI) -> None:
     assert json.loads(whole(client, **more)["content"]) == {"city": "Bern"}
     wanted = last_params(rig).structured_outputs
     assert wanted is not None and wanted.starts_after == []
+
+
+def raw(rig: Rig, body: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The whole answer, and the events of the streamed one."""
+    with httpx.Client(base_url=rig.base_url, timeout=10) as http:
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        text = http.post("/v1/chat/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}}).text
+    assert text.endswith("data: [DONE]\n\n")
+    return answer.json(), [json.loads(part[6:]) for part in text.split("\n\n") if part.startswith("data: {")]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_every_format_over_http(rig: Rig, specification: Specification, name: str) -> None:
+    """Text, calls, logprobs, usage and reason: the events join to the whole answer, and both are as OpenAI specifies."""
+    rig.state.ready(dataclasses.replace(rig.context, tool_format=name, reasoning_format="qwen3"), rig.engine)
+    rig.engine.reply = "<think>hm</think>" + CASES[name][0]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": FUNCTION["parameters"]}}]
+    body = {"model": MODEL, "messages": MESSAGES, "tools": tools, "logprobs": True, "top_logprobs": 1, "max_tokens": 480}
+    try:
+        whole, events = raw(rig, body)
+    finally:
+        rig.state.ready(rig.context, rig.engine)
+    assert specification.violations("CreateChatCompletionResponse", whole) == []
+    for event in events:
+        assert specification.violations("CreateChatCompletionStreamResponse", event) == []
+    choice, message = whole["choices"][0], whole["choices"][0]["message"]
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["f"] * len(CASES[name][1])
+    assert [call["function"]["arguments"] for call in message["tool_calls"]] == CASES[name][1]
+    parts = [event["choices"][0] for event in events if event["choices"]]
+    said = {key: "".join(part["delta"].get(key) or "" for part in parts) for key in ("content", "reasoning")}
+    assert said == {"content": message["content"] or "", "reasoning": message["reasoning"]} and said["reasoning"] == "hm"
+    arguments = [""] * len(message["tool_calls"])
+    for part in parts:
+        for call in part["delta"].get("tool_calls") or ():
+            arguments[call["index"]] += call["function"].get("arguments") or ""
+    assert arguments == CASES[name][1]
+    assert [token for part in parts for token in (part["logprobs"] or {}).get("content") or ()] == choice["logprobs"]["content"]
+    assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice["finish_reason"]] == ["tool_calls"]
+    assert events[-1]["usage"] == whole["usage"]
