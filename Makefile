@@ -44,7 +44,6 @@ test-long: $(VENV)/.test ## the tests that take minutes
 
 check: $(VENV)/.lint ## run the linters
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 	$(BIN)/mypy pagoda/base pagoda/engine
 	$(BIN)/lint-imports
 
