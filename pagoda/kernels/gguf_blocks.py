@@ -182,18 +182,17 @@ def quantize(type_name: str, w_NK: np.ndarray) -> np.ndarray:
     """float32 (N, K), K a multiple of 32 -> raw rows of Q4_0, Q4_1 or Q8_0, rounded to the nearest step."""
     x = np.ascontiguousarray(w_NK, np.float32).reshape(-1, 32)
     if type_name == "Q4_1":
-        low = x.min(axis=1, keepdims=True)
-        step = (x.max(axis=1, keepdims=True) - low) / 15
-        head = [step.astype(np.float16), low.astype(np.float16)]
+        low, low_f16 = _as_stored(x.min(axis=1, keepdims=True))
+        step, step_f16 = _as_stored((x.max(axis=1, keepdims=True) - low) / 15)
+        head = [step_f16, low_f16]
         q = _rounded(x - low, step, 0, 15)
     elif type_name == "Q4_0":
-        extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
-        step = extreme / -8
-        head = [step.astype(np.float16)]
+        step, step_f16 = _as_stored(np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1) / -8)
+        head = [step_f16]
         q = _rounded(x, step, -8, 7) + 8
     elif type_name == "Q8_0":
-        step = np.abs(x).max(axis=1, keepdims=True) / 127
-        parts = [step.astype(np.float16).view(np.uint8), _rounded(x, step, -127, 127).astype(np.int8).view(np.uint8)]
+        step, step_f16 = _as_stored(np.abs(x).max(axis=1, keepdims=True) / 127)
+        parts = [step_f16.view(np.uint8), _rounded(x, step, -127, 127).astype(np.int8).view(np.uint8)]
         return np.concatenate(parts, axis=1).reshape(w_NK.shape[0], -1)
     else:
         raise ValueError(f"no quantizer for `{type_name}`; known: Q4_0, Q4_1, Q8_0")
@@ -201,6 +200,12 @@ def quantize(type_name: str, w_NK: np.ndarray) -> np.ndarray:
     packed = q[:, :16] | (q[:, 16:] << 4)
     blocks = np.concatenate([h.view(np.uint8) for h in head] + [packed], axis=1)
     return np.reshape(blocks, (w_NK.shape[0], -1))
+
+
+def _as_stored(values: Values) -> tuple[Values, Values]:
+    """A scale as the half float a block keeps, read back and raw: integers are rounded to multiples of what is stored."""
+    halves = values.astype(np.float16)
+    return halves.astype(np.float32), halves
 
 
 def _rounded(x: np.ndarray, step: np.ndarray, low: int, high: int) -> Values:

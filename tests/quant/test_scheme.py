@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -83,3 +85,16 @@ def test_a_table_reads_the_same_rows_it_multiplies_with() -> None:
     assert table.formats == {"q8_0_a8"}
     expected = gguf_blocks.dequantize("Q8_0", gguf_blocks.quantize("Q8_0", part.as_float32()))
     np.testing.assert_array_equal(table.embed(np.arange(50), scale=1.0), expected)
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(None, "int8"), (None, "int4"), ("Q8_0", "int4")])
+def test_quantizing_never_holds_a_float_copy(stored: str | None, wanted: str) -> None:
+    part = blocks(stored, 16384, 256) if stored else floats(16384, 256)
+    precision = Precision("bfloat16", wanted)  # type: ignore[arg-type]
+    tracemalloc.start()
+    try:
+        weight = scheme_for(part).pack([part], precision)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - weight.nbytes < 0.75 * 4 * 16384 * 256
