@@ -33,6 +33,7 @@ _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLES = ("items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _UNHOLDABLE = ("uniqueItems", "contains", "minContains", "maxContains", "propertyNames", "unevaluatedProperties", "unevaluatedItems")
+_APPLICATORS = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies")
 _META = frozenset(["title", "description", "default", "examples", "example", "deprecated", "$comment", "comment", "$schema", "$id", "id", "definitions", "$defs", "defs"])
 _OPPOSITES: dict[str, tuple[str, str, int]] = {  # keyword -> the type it speaks of, its opposite, what to add to the limit
     "minimum": ("number", "exclusiveMaximum", 0),
@@ -118,8 +119,7 @@ class Normalizer:
             elif key in ("then", "else") or (key == "format" and value not in FORMATS):
                 continue
             elif key in _UNHOLDABLE:
-                if value not in (False, {}) and (value is not True or key == "uniqueItems"):
-                    self._note(f"`{key}` cannot be enforced")
+                self._add_unholdable(key, value, schema, conditions)
             else:
                 self._add(key, value, result)
         if "patternProperties" in schema:
@@ -129,6 +129,27 @@ class Normalizer:
         if conditions:  # behind what `allOf` has: its order is the order of properties
             result["allOf"] = [*result.get("allOf", []), *conditions]
         return result
+
+    def _add_unholdable(self, key: str, value: Any, schema: Mapping[str, Any], conditions: list[Any]) -> None:
+        """Keywords that a grammar holds in their simple cases only."""
+        has_parts = any(part in schema for part in _APPLICATORS)
+        if (value is True and key in ("propertyNames", "unevaluatedProperties", "unevaluatedItems")) or (value == {} and key != "contains"):
+            return
+        if value is False and key == "uniqueItems":
+            return
+        if key == "contains" and isinstance(value, bool | dict) and (value in (True, {}) or value is False) and "minContains" not in schema:
+            others = {"type": [kind for kind in TYPES if kind != "array"]}
+            conditions.append(others if value is False else {"anyOf": [others, {"type": "array", "minItems": 1}]})
+        elif key == "propertyNames" and value is False:
+            conditions.append({"maxProperties": 0})
+        elif key == "unevaluatedProperties" and value is False and not has_parts and "additionalProperties" not in schema:
+            names = {part: self._schema({part: schema[part]})[part] for part in ("properties", "patternProperties") if part in schema}
+            conditions.append({**names, "additionalProperties": False})
+        elif key == "unevaluatedItems" and value is False and not has_parts and "items" not in schema and "contains" not in schema:
+            items = {"prefixItems": [self._schema(item) for item in schema["prefixItems"]]} if "prefixItems" in schema else {}
+            conditions.append({**items, "items": False})
+        else:
+            self._note(f"`{key}` cannot be enforced")
 
     def _add(self, key: str, value: Any, result: dict[str, Any]) -> None:
         if key == "oneOf" and self._splits_one_of and (split := self._split(value)) is not None:
