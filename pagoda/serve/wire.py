@@ -6,6 +6,8 @@ and unknown fields are reported in a header, not refused. A field whose feature 
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -247,7 +249,11 @@ def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
     warnings: list[str] = []
     known = kind.__struct_fields__
     for name, value in given.items():
-        if name in known or (content := bytes(value)) == b"null":
+        if name in known:
+            if name in _objects_of(kind):
+                warnings += _unknown_inside(bytes(value), _objects_of(kind)[name], name)
+            continue
+        if (content := bytes(value)) == b"null":
             continue
         if name in UNSUPPORTED:
             if content != _HARMLESS.get(name):
@@ -255,6 +261,30 @@ def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
         elif name not in NO_EFFECT:
             warnings.append(UnknownField(_header_safe(name)))
     return body, warnings
+
+
+@functools.cache
+def _objects_of(kind: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct]]:
+    """Fields that are objects with fields of their own."""
+    found: dict[str, type[msgspec.Struct]] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        for option in typing.get_args(hint) or (hint,):
+            if isinstance(option, type) and issubclass(option, msgspec.Struct):
+                found[name] = option
+    return found
+
+
+def _unknown_inside(raw: bytes, kind: type[msgspec.Struct], where: str) -> list[str]:
+    """Warnings about the fields of an object inside a body that has been decoded already."""
+    if not raw.startswith(b"{"):
+        return []
+    warnings: list[str] = []
+    for name, value in msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).items():
+        if name not in kind.__struct_fields__:
+            warnings.append(UnknownField(_header_safe(f"{where}.{name}")))
+        elif name in _objects_of(kind):
+            warnings += _unknown_inside(bytes(value), _objects_of(kind)[name], f"{where}.{name}")
+    return warnings
 
 
 def _header_safe(name: str, limit: int = 64) -> str:

@@ -33,6 +33,15 @@ def test_unknown_fields_are_named_in_a_header(http: httpx.Client) -> None:
         assert "x-pagoda-warning" not in http.post(path, json=body).headers
 
 
+def test_unknown_fields_of_inner_objects_are_named_too(http: httpx.Client) -> None:
+    body = {
+        "messages": [USER], "stream": True, "stream_options": {"include_usage": True, "colour": 1},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "x-mine": 1}, "strickt": True}},
+    }  # fmt: skip
+    found = http.post(CHAT, json=body).headers["x-pagoda-warning"]
+    assert found == "unknown field stream_options.colour ignored; unknown field response_format.json_schema.strickt ignored"
+
+
 def test_strict_fields() -> None:
     with Rig(strict_fields=True).make_ready().running() as rig:
         for path, body in ((CHAT, {"messages": [USER]}), (TEXT, {"prompt": "a"}), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
