@@ -11,8 +11,10 @@ import httpx
 import openai
 import pytest
 
-from pagoda.base.types import SamplingParams
-from tests.serve.fakes import MODEL, Rig
+from pagoda.base.types import SamplingParams, StructuredOutputsParams
+from pagoda.serve.tools import ToolPlan, guided
+from pagoda.text.message import output_format
+from tests.serve.fakes import MODEL, Rig, byte_tokenizer
 from tests.serve.test_openai_specification import Specification, specification
 from tests.text.test_messages import CASES
 from tests.text.test_messages import TOOLS as TOOLS_OF_CASES
@@ -179,3 +181,20 @@ def test_every_format_over_http(rig: Rig, specification: Specification, name: st
     assert [token for part in parts for token in (part["logprobs"] or {}).get("content") or ()] == choice["logprobs"]["content"]
     assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice["finish_reason"]] == ["tool_calls"]
     assert events[-1]["usage"] == whole["usage"]
+
+
+def test_structure_begins_behind_reasoning() -> None:
+    """Where the markers are tokens of their own: at once, behind the end, or behind the end if the model chooses to think."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend.add_special_tokens(["<think>", "</think>"])
+    start, end = (tokenizer.token_to_id(marker) for marker in ("<think>", "</think>"))
+    context = dataclasses.replace(Rig().context, tokenizer=tokenizer, reasoning_format="qwen3")
+    wanted = StructuredOutputsParams(json_object=True)
+    for prompt, starts_after, opens_with in [
+        ("user: Hi\nassistant: ", [end], start),
+        ("assistant: <think>\n", [end], None),
+        ("assistant: <think>\n\n</think>\n\n", [], None),
+    ]:
+        found = guided(wanted, ToolPlan(output_format(None, "qwen3")), prompt, context)
+        assert (found.starts_after, found.opens_with) == (starts_after, opens_with), prompt
+    assert guided(wanted, ToolPlan(output_format(None, None)), "<think>", context) == wanted
