@@ -16,12 +16,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.types import (
     CompletionOutput,
     FinishReason,
     GenerateRequest,
     Logprob,
+    RequestMetrics,
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
@@ -75,6 +78,8 @@ class BeamSearch:
         self._stop_ids = frozenset(self.params.stop_token_ids or ())
         self._live, self._done = [_Beam()], list[_Beam]()
         self._error: str | None = None
+        self._metrics: RequestMetrics | None = None
+        self._num_cached_tokens = 0
 
     @property
     def is_finished(self) -> bool:
@@ -98,6 +103,7 @@ class BeamSearch:
         if failed:
             self._error, self._live = failed[0].error or "the engine could not finish this request", []
             return
+        self._measure(outputs)
         candidates: list[_Beam] = []
         for beam, output in zip(self._live, outputs, strict=True):
             assert output.outputs[0].logprobs, "a step's request asks for logprobs"
@@ -109,6 +115,16 @@ class BeamSearch:
         if len(self._done) == self.params.n:
             worst = self._done[-1].score(self.params.length_penalty)
             self._live = [beam for beam in self._live if self._highest(beam) > worst]
+
+    def _measure(self, outputs: Sequence[RequestOutput]) -> None:
+        """The search begins with its first step and ends with its last."""
+        measured = [output.metrics for output in outputs if output.metrics is not None]
+        if not measured:
+            return
+        if self._metrics is None:
+            self._metrics, self._num_cached_tokens = msgspec.structs.replace(measured[0]), outputs[0].num_cached_tokens
+        self._metrics.last_token_time = max(one.last_token_time for one in measured)
+        self._metrics.num_preemptions += sum(one.num_preemptions for one in measured)
 
     def _grown(self, beam: _Beam, table: dict[int, Logprob]) -> list[_Beam]:
         ranked = sorted(table.items(), key=lambda item: (-item[1].logprob, item[0]))[: 2 * self.params.n]
@@ -149,6 +165,8 @@ class BeamSearch:
             prompt_token_ids=self.request.prompt_token_ids,
             outputs=[self._sample(index, beam, tokenizer) for index, beam in enumerate(beams)],
             finished=True,
+            metrics=self._metrics,
+            num_cached_tokens=self._num_cached_tokens,
             error=self._error,
         )
 

@@ -65,8 +65,10 @@ class Client:
         return self._model
 
     async def send(self, prompt: str | Sequence[int], input_len: int, **fields: Any) -> Exchange:
-        """One streamed request to its end. Never raises for what the server does: `error` says it."""
-        body: dict[str, Any] = {"model": self._model, "stream": True, "stream_options": {"include_usage": True}, **fields}
+        """One request to its end, streamed unless `stream` is False. Never raises for what the server does: `error` says it."""
+        body: dict[str, Any] = {"model": self._model, "stream": True, **fields}
+        if body["stream"]:
+            body["stream_options"] = {"include_usage": True}
         if self._route == ROUTES["openai"]:
             body["prompt"] = prompt
         else:
@@ -78,7 +80,7 @@ class Client:
                 if answer.status_code != 200:
                     seen.error = f"status {answer.status_code}: {(await answer.aread())[:500].decode('utf-8', 'replace')}"
                     return seen
-                await _read(answer, seen, started)
+                await (_read if body["stream"] else _read_whole)(answer, seen, started)
         except httpx.HTTPError as error:
             seen.error = f"{type(error).__name__}: {error}"
         return seen
@@ -111,6 +113,15 @@ async def _read(answer: httpx.Response, seen: Exchange, started: float) -> None:
     seen.output_len = seen.output_len or num_pieces
     if not num_pieces and not seen.error:
         seen.error = "the stream had no text"
+
+
+async def _read_whole(answer: httpx.Response, seen: Exchange, started: float) -> None:
+    """Fills `seen` from an answer that comes in one piece."""
+    body = msgspec.json.decode(await answer.aread())
+    seen.ttft = seen.latency = time.perf_counter() - started
+    seen.output_len = body["usage"]["completion_tokens"]
+    first = body["choices"][0]
+    seen.text = first["message"]["content"] if "message" in first else first["text"]
 
 
 def _take(raw: bytes, seen: Exchange) -> str:

@@ -135,6 +135,8 @@ def _recorded(options: Workload, tokenizer: Tokenizer, rng: np.random.Generator)
         requests = []
         for row in arrived:
             fields = {name: value for name, value in row["fields"].items() if name not in ("stream", "max_tokens", "timeout")}
+            if fields.get("use_beam_search"):
+                fields["stream"] = False  # beams cannot be streamed
             recorded = lengths.get(row["id"])
             length = -(-recorded // fields.get("n", 1)) if recorded else int(row["fields"]["max_tokens"] or 16)
             requests.append(WorkloadRequest(row["prompt_token_ids"], max(1, options.output_len or length), row["at"] - start, fields))

@@ -20,6 +20,7 @@ from pagoda.base.clock import monotonic
 from pagoda.base.errors import InvalidRequest, PayloadTooLarge, RequestFailed
 from pagoda.base.log import get_logger
 from pagoda.base.types import RequestOutput, SamplingParams
+from pagoda.serve.arrivals import body_fields
 from pagoda.serve.context import ModelContext, ServerState, ServingEngine
 from pagoda.serve.errors import describe
 from pagoda.serve.sse import DONE, event
@@ -89,7 +90,8 @@ class GenerateEndpoint:
             call.params.timeout = min(call.params.timeout or limit, limit)
         if state.config.enable_log_requests:
             lengths = [len(p["prompt_token_ids"]) for p in call.prompts]
-            logger.info("request %s: prompt tokens %s, %s", call.response_id, lengths, call.params)
+            asked = " ".join(f"{name}={value!r}" for name, value in body_fields(call.params).items())
+            logger.info("request %s: prompt tokens %s, stream=%s %s", call.response_id, lengths, call.stream, asked)
         answer_headers = [(b"x-request-id", (given_id or call.response_id).encode("ascii", "replace"))]
         if call.warnings:
             answer_headers.append((b"x-pagoda-warning", warning_header(call.warnings).encode("ascii")))

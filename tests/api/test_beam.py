@@ -128,6 +128,8 @@ async def test_asynchronous() -> None:
         outputs = [output async for output in engine.generate("ab", params, "r")]
         offline = LLM(engine=FakeEngine(max_logprobs=20)).beam_search("ab", beam_width=2, max_tokens=4)
         assert len(outputs) == 1 and outputs[0].finished
+        metrics = outputs[0].metrics
+        assert metrics is not None and 0 < metrics.arrival_time <= metrics.first_token_time < metrics.last_token_time
         assert [o.token_ids for o in outputs[0].outputs] == [o.token_ids for o in offline[0].outputs]
         fake.executor.bug = RuntimeError("no luck")
         with pytest.raises(RequestFailed, match="no luck"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pagoda.base.config import DeviceConfig, EngineConfig, ModelConfig, ServerConfig
 from pagoda.base.errors import ConfigError
 from pagoda.base.types import SamplingParams, StructuredOutputsParams
+from pagoda.bench.client import Client, Exchange
 from pagoda.bench.workload import Workload, make_requests
 from pagoda.serve.admin import describe_server
 from pagoda.serve.arrivals import ArrivalRecorder, body_fields
@@ -137,3 +139,22 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
         (tmp_path / "f").write_text(content)
         with pytest.raises(ConfigError, match=r"recorded|no prompts"):
             make_requests(Workload(dataset_name="recorded", dataset_path=str(tmp_path / "f")), byte_tokenizer(), seed=0, max_model_len=99)
+
+
+def test_a_record_with_beams_is_sent_whole(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    rows = [{"id": "a", "at": 1.0, "prompt_token_ids": [1, 2], "fields": {"n": 2, "use_beam_search": True, "temperature": 0.0, "stream": False, "max_tokens": 4}}]
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {"id": "a", "output_tokens": 8, "finish_reason": "length"}]))
+    request = make_requests(Workload(dataset_name="recorded", dataset_path=str(path)), byte_tokenizer(), seed=0, max_model_len=99)[0]
+    assert request.output_len == 4 and request.fields == {"n": 2, "use_beam_search": True, "temperature": 0.0, "stream": False}
+    with Rig().make_ready().running() as rig:
+        client = Client(rig.base_url, backend="openai", model="alias")
+
+        async def go() -> Exchange:
+            try:
+                return await client.send(request.prompt_token_ids, 2, **request.fields, max_tokens=request.output_len)
+            finally:
+                await client.close()
+
+        seen = asyncio.run(go())
+        assert seen.is_ok and seen.output_len == 8 and seen.text == rig.engine.reply[:4]
