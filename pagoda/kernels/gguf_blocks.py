@@ -105,7 +105,7 @@ def _q4_k_integers(b: Blocks) -> np.ndarray:
 
 def _q5_k_integers(b: Blocks) -> np.ndarray:
     bits = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[None, :, None]) & 1
-    return _nibble_planes(b[:, 48:176]) | (bits << 4)
+    return np.asarray(_nibble_planes(b[:, 48:176]) | (bits << 4))
 
 
 def _q6_k_integers(b: Blocks) -> np.ndarray:

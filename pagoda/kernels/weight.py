@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -152,6 +152,8 @@ def _halves(units: np.ndarray, at: int) -> np.ndarray:
 def _unpack_units(storage: str, units: np.ndarray) -> np.ndarray:
     """Units (panels, count, bytes) -> float32 (panels, 16, count, values / 4, 4)."""
     shape = units.shape[:2]
+    values: Any
+    q: Any
     if storage in ("q8_0", "q4_0", "q4_1"):
         if storage == "q8_0":
             q = units[..., 32:].reshape(*shape, 1, 8, PANEL, 4).astype(np.float32) - 128
@@ -173,7 +175,8 @@ def _unpack_units(storage: str, units: np.ndarray) -> np.ndarray:
             q = q | ((bits & 1) << 4)
         six = units[..., 64:320].reshape(*shape, 2, 8, 1, PANEL, 1).astype(np.float32)
         values = _halves(units, 0) * six[:, :, 0] * q - _halves(units, 32) * six[:, :, 1]
-    return values.reshape(*shape, -1, PANEL, 4).transpose(0, 3, 1, 2, 4)
+    dense: np.ndarray = values.reshape(*shape, -1, PANEL, 4).transpose(0, 3, 1, 2, 4)
+    return dense
 
 
 def _shape_of(part: np.ndarray | GgmlRows) -> tuple[int, int]:

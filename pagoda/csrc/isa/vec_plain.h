@@ -2,10 +2,10 @@
 #pragma once
 
 PG_INLINE int32_t sum_lanes(i32x16 v) {
-    int32_t t[16], total = 0;
+    uint32_t t[16], total = 0;   // unsigned: what a NaN became may wrap
     __builtin_memcpy(t, &v, 64);
     for (int i = 0; i < 16; ++i) total += t[i];
-    return total;
+    return int32_t(total);
 }
 PG_INLINE int32_t largest_magnitude(f32x16 a, f32x16 b) {
     int32_t s[16], t[16], most = 0;

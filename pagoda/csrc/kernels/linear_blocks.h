@@ -19,6 +19,10 @@ struct QuantBlock {
 template <class Act>
 PG_INLINE int64_t quant_row_bytes(int64_t k) { return round_up(k / 32 * int64_t(sizeof(QuantBlock<Act>)), 64); }
 
+// -kZero * sum, wrapping: the integers of a row with NaN are anything.
+template <class Format>
+PG_INLINE int32_t without_zero(int32_t sum) { return int32_t(0u - uint32_t(Format::kZero) * uint32_t(sum)); }
+
 template <class Format, class Act>
 static void quantise_row(const float* x, char* row, int64_t k) {
     QuantBlock<Act>* to = (QuantBlock<Act>*)row;
@@ -33,12 +37,12 @@ static void quantise_row(const float* x, char* row, int64_t k) {
         Act::put(to->q + 16, q1);
         to->d = most_bits < 0x7f800000 ? most / Act::kMost : NAN;   // NaN and infinity in a row must come out as NaN
         if constexpr (Format::kGroups == 2) {
-            to->start[0] = -Format::kZero * sum_lanes(q0);
-            to->start[1] = -Format::kZero * sum_lanes(q1);
+            to->start[0] = without_zero<Format>(sum_lanes(q0));
+            to->start[1] = without_zero<Format>(sum_lanes(q1));
             to->dsum = 0;
         } else {
             const int32_t total = sum_lanes(iadd(q0, q1));
-            to->start[0] = to->start[1] = -Format::kZero * total;
+            to->start[0] = to->start[1] = without_zero<Format>(total);
             to->dsum = to->d * float(total);
         }
     }
