@@ -101,7 +101,8 @@ class Grammars:
             known = isinstance(error, RequestError)
             return Compiled(samples, error if known else RequestFailed(f"the grammar cannot be compiled: {type(error).__name__}: {error}"))  # type: ignore[arg-type]
         for sample in samples:
-            sample.guide = Guide(item.future.result().copy(), item.starts_after, item.opens_with)
+            avoided = sample.grammar_end_ids if sample.params.ignore_eos else ()
+            sample.guide = Guide(item.future.result().copy(), item.starts_after, item.opens_with, avoided)
         return Compiled(samples, None)
 
     # ---- masks

@@ -30,6 +30,7 @@ A step may compute `total - computed - planned` more; the one that reaches the l
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Protocol
 
 from pagoda.base.hashing import BlockHash, chain_hash
@@ -62,13 +63,16 @@ class GuideMatcher(Protocol):
 class Guide:
     """One sample's grammar. It holds from the start, or from behind the tokens that end its reasoning.
 
-    With `opens_with` reasoning is the sample's choice: its first token is that one, or one that the grammar allows.
+    With `opens_with` reasoning is the sample's choice: its first token is that one, or one that the grammar allows. `avoided_ids` (the
+    end, under ignore_eos) come only where nothing else can.
     """
 
-    __slots__ = ("_is_first", "_matcher", "_opens_with", "_starts_after", "_tail", "is_on")
+    __slots__ = ("_avoided_ids", "_is_first", "_matcher", "_opens_with", "_starts_after", "_tail", "is_on")
 
-    def __init__(self, matcher: GuideMatcher, starts_after: list[int], opens_with: int | None = None) -> None:
-        self._matcher = matcher
+    def __init__(
+        self, matcher: GuideMatcher, starts_after: list[int], opens_with: int | None = None, avoided_ids: Iterable[int] = ()
+    ) -> None:
+        self._matcher, self._avoided_ids = matcher, tuple(avoided_ids)
         self._starts_after = starts_after
         self._opens_with = opens_with if starts_after else None
         self.is_on = not starts_after or self._opens_with is not None
@@ -78,10 +82,14 @@ class Guide:
     def mask(self) -> bytes:
         """What may come next; only while `is_on`."""
         bits = self._matcher.mask()
+        if self._avoided_ids:
+            others = bits
+            for token_id in self._avoided_ids:
+                others = _with_bit(others, token_id, is_set=False)
+            bits = others if others.strip(b"\0") else bits
         if self._opens_with is None or not self._is_first:
             return bits
-        place, bit = divmod(self._opens_with, 8)
-        return bits[:place] + bytes([bits[place] | 1 << bit]) + bits[place + 1 :]
+        return _with_bit(bits, self._opens_with, is_set=True)
 
     def forced(self) -> list[int]:
         """Tokens that its masks would allow alone, one after the other: they need not be sampled."""
@@ -96,6 +104,12 @@ class Guide:
         self._tail = [*self._tail, token_id][-len(self._starts_after) :]
         self.is_on = self._tail == self._starts_after
         return None
+
+
+def _with_bit(bits: bytes, token_id: int, *, is_set: bool) -> bytes:
+    place, bit = divmod(token_id, 8)
+    byte = bits[place] | 1 << bit if is_set else bits[place] & ~(1 << bit)
+    return bits[:place] + bytes([byte]) + bits[place + 1 :]
 
 
 class Request:

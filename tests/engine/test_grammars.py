@@ -129,6 +129,31 @@ def test_the_end_ends_it_in_spite_of_ignore_eos_and_min_tokens() -> None:
     assert rig.tokens["a", 0] == [1, EOS] and rig.reason("a") == "stop"
 
 
+class LooseMatcher(ToyMatcher):
+    """As the toy, but it may end anywhere."""
+
+    def mask(self) -> bytes:
+        return (1 << self.wanted | 1 << EOS).to_bytes((VOCAB + 31) // 32 * 4, "little")
+
+    def accept(self, token_id: int) -> str | None:
+        return None if token_id == EOS else super().accept(token_id)
+
+    def copy(self) -> ToyMatcher:
+        return LooseMatcher(self.tokens, self.place)
+
+
+def test_the_end_is_avoided_under_ignore_eos() -> None:
+    """The toy takes the highest bit of a mask: the end, while it is allowed beside tokens below it."""
+    found = {}
+    for ignores in (False, True):
+        rig = Rig()
+        rig.compiler.compile = lambda grammar, eos: LooseMatcher([int(token) for token in grammar.split(",")])  # type: ignore[method-assign]
+        rig.guided("a", "1,2,3", ignore_eos=ignores)
+        rig.run()
+        found[ignores] = rig.tokens["a", 0]
+    assert found == {False: [EOS], True: [1, 2, 3, EOS]}
+
+
 def test_samples_have_their_own_places_and_compile_once() -> None:
     rig = Rig()
     rig.guided("a", "4,5,6", n=3, temperature=1.0)
