@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pagoda.base.log import get_logger
 from pagoda.base.plan import Masks, StepRow
 from pagoda.base.types import SamplingParams, TokenLogprobs
 from pagoda.kernels import ops
@@ -30,6 +31,8 @@ from pagoda.worker.logits.truncate import truncate
 from pagoda.worker.table import RequestTable, SlotInfo
 
 __all__ = ["Sampler", "top_logprobs"]
+
+_log = get_logger("worker")
 
 NOT_FINITE = "the model produced logits that are not finite for this request"
 
@@ -120,6 +123,10 @@ class Sampler:
                 self._run_chain(logits_V, info, context, masks, index)
             except ProcessorFailed as error:
                 raw.errors[i] = str(error)
+                continue
+            except Exception as error:  # a bug of ours, which shall cost its own request and no other
+                _log.exception("request `%s`: its logits steps failed", info.request_id)
+                raw.errors[i] = f"sampling failed: {type(error).__name__}: {error}"
                 continue
             if info.params.logprobs is not None and _is_processed(info.params):
                 raw.keep(i, _processed(logits_V, info), info.params)

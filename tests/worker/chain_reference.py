@@ -58,7 +58,7 @@ def truncated(row: Row, temperature: float, min_p: float, top_k: int, top_p: flo
 def xtc(row: Row, temperature: float, threshold: float) -> Row:
     """When its random number says that it acts."""
     p = softmax(row, temperature)
-    top = sorted((i for i in range(len(row)) if p[i] >= threshold), key=lambda i: (-p[i], i))
+    top = sorted((i for i in range(len(row)) if p[i] > 0 and p[i] >= threshold), key=lambda i: (-p[i], i))
     out = set(top[:-1])
     return [OUT if i in out else x for i, x in enumerate(row)]
 

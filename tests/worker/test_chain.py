@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda.base.errors import ConfigError, InvalidRequest
-from pagoda.base.plan import NewRequest, Scheduled, StepPlan
+from pagoda.base.plan import Masks, NewRequest, Scheduled, StepPlan
 from pagoda.base.types import SamplingParams
 from pagoda.kernels.reference.sample import philox_uniform
 from pagoda.worker.batch import BatchBuilder, Sizes
@@ -284,6 +284,15 @@ def test_plug_ins_that_cannot_be_used_are_refused_at_start(name: str, message: s
         load_processors([name])
 
 
+def test_a_bug_in_a_step_of_ours_costs_one_request_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: object, logits_V: Any, row: RowContext) -> None:
+        raise IndexError("out of it")
+
+    monkeypatch.setattr(type(SHAPERS[0]), "apply", wrong)
+    found = run([greedy(), SamplingParams(top_n_sigma=1.0, seed=1)], np.repeat(logits((7, 3.0)), 2, 0))
+    assert found[0].token_ids == [7] and found[1].error is not None and "out of it" in found[1].error
+
+
 # ---- parameters
 
 
@@ -301,3 +310,53 @@ def test_values_out_of_range_name_their_field(bad: dict[str, Any]) -> None:
 def test_the_documented_order_is_the_order() -> None:
     assert [type(step).__name__ for step in STEPS] == ["AllowedTokens", "BadWords", "MinTokens", "LogitBias", "Penalties", "Dry"]
     assert [type(step).__name__ for step in SHAPERS] == ["TopNSigma", "DynamicTemperature", "TypicalP", "Truncate", "Xtc"]
+
+
+# ---- nothing a request may ask for can fail a step
+
+
+def extreme(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.sampled_from([low, high, (low + high) / 2, low + (high - low) * 1e-6]) | st.floats(low, high)
+
+
+WHATEVER = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": extreme(0.01, 2.0), "top_p": extreme(1e-9, 1.0), "top_k": st.sampled_from([-1, 0, 1, 3, 10**6]), "min_p": extreme(0.0, 1.0),
+        "typical_p": extreme(1e-9, 1.0), "top_n_sigma": extreme(0.0, 1000.0), "dynatemp_range": extreme(0.0, 2.0), "dynatemp_exponent": extreme(1e-3, 100.0),
+        "xtc_probability": extreme(0.0, 1.0), "xtc_threshold": extreme(0.0, 1.0), "dry_multiplier": extreme(0.0, 100.0), "dry_base": extreme(1.0, 100.0),
+        "dry_allowed_length": st.sampled_from([0, 1, 2, 2**31 - 1]), "dry_range": st.sampled_from([-1, 0, 1, 2**31 - 1]),
+        "mirostat_mode": st.sampled_from([0, 2]), "mirostat_tau": extreme(0.0, 100.0), "mirostat_eta": extreme(0.0, 1.0),
+        "repetition_penalty": extreme(0.01, 2.0), "presence_penalty": extreme(-2.0, 2.0), "logprobs": st.sampled_from([-1, 0, 3]),
+        "logprobs_mode": st.sampled_from(["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]),
+    },
+)  # fmt: skip
+KIND = st.sampled_from(["plain", "flat", "huge", "one", "ties", "tiny"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(given_params=WHATEVER, kind=KIND, output=st.lists(st.integers(0, 3), max_size=12), seed=st.integers(1, 2**62), mask=st.sets(st.integers(0, VOCAB - 1), max_size=3))
+def test_no_step_fails_and_the_token_is_one_that_was_allowed(
+    given_params: dict[str, Any], kind: str, output: list[int], seed: int, mask: set[int]
+) -> None:
+    row = {
+        "plain": ROW, "flat": np.zeros(VOCAB), "huge": ROW * 1e30, "one": np.where(np.arange(VOCAB) == 5, 1.0, -np.inf),
+        "ties": np.round(ROW), "tiny": ROW * 1e-30,
+    }[kind].astype(np.float32)  # fmt: skip
+    masks = None
+    if mask and kind != "one":
+        words = np.zeros((1, 2), np.uint32)
+        for token in mask:
+            words[0, token // 32] |= np.uint32(1 << token % 32)
+        masks = Masks(slots=[0], words=words.tobytes())
+    params = SamplingParams(seed=seed, **given_params)
+    with np.errstate(over="ignore"):  # a penalty may take a huge logit out of float32: that row fails, alone
+        found, other = run([params, greedy()], np.repeat(row[None], 2, 0), output=output, masks=masks)
+    assert other.token_ids == [int(np.argmax(row))]
+    if kind == "huge" and found.error is not None:
+        return
+    assert found.error is None
+    token = found.token_ids[0]
+    assert np.isfinite(row[token]) and (masks is None or token in mask)
+    if params.logprobs is not None:
+        assert found.logprobs is not None and np.isfinite(found.logprobs[0].logprobs[0])

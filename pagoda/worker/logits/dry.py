@@ -41,7 +41,7 @@ def _growth(params: SamplingParams) -> int:
     """Tokens beyond the allowed length after which a longer match changes nothing."""
     if params.dry_base <= 1.0 or params.dry_multiplier >= _CERTAIN:
         return 0
-    return math.ceil(math.log(_CERTAIN / params.dry_multiplier) / math.log(params.dry_base))
+    return math.ceil((math.log(_CERTAIN) - math.log(params.dry_multiplier)) / math.log(params.dry_base))
 
 
 def repeated_lengths(ids: np.ndarray, breaker_ids: list[int], longest: int) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ class Xtc:
         if xtc_uniform(params.seed, len(row.token_ids)) >= params.xtc_probability:
             return
         p = softmax(logits_V, params.temperature)
-        top = np.flatnonzero(p >= params.xtc_threshold)
+        top = np.flatnonzero((p >= params.xtc_threshold) & (p > 0))
         if len(top) > 1:
             order = np.argsort(-p[top], kind="stable")  # ids ascending on ties: the highest of them stays
             logits_V[top[order[:-1]]] = -np.inf
