@@ -18,6 +18,7 @@ from pagoda.base.types import SamplingParams
 from pagoda.kernels.reference.sample import philox_uniform
 from pagoda.worker.batch import BatchBuilder, Sizes
 from pagoda.worker.logits import SHAPERS, STEPS, LogitsStep, Mirostat, RowContext, chain_of, load_processors
+from pagoda.worker.logits.truncate import head, smallest
 from pagoda.worker.logits.xtc import xtc_uniform
 from pagoda.worker.sampler import Sampler
 from pagoda.worker.table import RequestTable
@@ -151,6 +152,18 @@ def test_rows_are_independent() -> None:
     params = [SamplingParams(temperature=0.9, seed=i + 1, **kind) for i, kind in enumerate(kinds)]
     together = [row.token_ids[0] for row in run(params, np.repeat(ROW[None], len(params), 0))]
     assert together == [chosen(each, ROW[None]) for each in params]
+
+
+@settings(max_examples=150, deadline=None)
+@given(values=st.lists(st.integers(0, 50), min_size=1, max_size=600), count=st.integers(1, 700), share=st.floats(0.01, 1.0))
+def test_heads_without_sorting_everything_are_those_of_sorting(values: list[int], count: int, share: float) -> None:
+    keys = np.array(values, np.float64)
+    order = sorted(range(len(values)), key=lambda i: (values[i], i))
+    assert smallest(keys, count).tolist() == order[:count]
+    mass = np.array([1 + value for value in values], np.float64)
+    sums = np.cumsum(mass[order])
+    expected = order[: int(np.searchsorted(sums, share * mass.sum(), side="left")) + 1]
+    assert head(keys, mass, share).tolist() == expected
 
 
 # ---- mirostat's state

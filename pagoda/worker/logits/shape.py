@@ -17,6 +17,7 @@ import numpy as np
 
 from pagoda.base.types import SamplingParams
 from pagoda.worker.logits.step import RowContext
+from pagoda.worker.logits.truncate import head
 
 __all__ = ["DynamicTemperature", "TopNSigma", "TypicalP", "softmax"]
 
@@ -65,9 +66,7 @@ class TypicalP:
         p = softmax(logits_V, row.params.temperature)
         ids = np.flatnonzero(p > 0)
         surprise = -np.log(p[ids])
-        order = np.argsort(np.abs(surprise - (p[ids] * surprise).sum()), kind="stable")
-        mass = np.cumsum(p[ids[order]])
-        num_kept = int(np.searchsorted(mass, row.params.typical_p * mass[-1], side="left")) + 1
+        kept = head(np.abs(surprise - (p[ids] * surprise).sum()), p[ids], row.params.typical_p)
         is_out = np.ones(len(logits_V), np.bool_)
-        is_out[ids[order[:num_kept]]] = False
+        is_out[ids[kept]] = False
         np.putmask(logits_V, is_out, -np.inf)
