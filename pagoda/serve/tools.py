@@ -22,7 +22,7 @@ from pagoda.serve.context import ModelContext
 from pagoda.text.message import OutputFormat, output_format
 from pagoda.text.tools.parser import schemas_of
 
-__all__ = ["FunctionCall", "ToolCall", "ToolCallDelta", "ToolPlan", "call_id", "guided", "plan_tools"]
+__all__ = ["FunctionCall", "ToolCall", "ToolCallDelta", "ToolPlan", "call_id", "calls_schema", "guided", "plan_tools"]
 
 MAX_TOOLS = 1024
 _NAME = re.compile(r"[\w.\-]{1,256}")
@@ -81,7 +81,7 @@ def plan_tools(body: Any, context: ModelContext, warnings: list[str]) -> ToolPla
         format_ = output_format(tools, reasoning, derived=context.derived_format, has_tools=True, max_calls=max_calls)
         return ToolPlan(format_, schemas)
     format_ = output_format(context.tool_format, reasoning, forced=choice, has_tools=True, max_calls=max_calls)
-    schema = _parameters(schemas[names[0]]) if choice == "named" else _list_of_calls(schemas, max_calls)
+    schema = _parameters(schemas[names[0]]) if choice == "named" else calls_schema(schemas, max_calls)
     return ToolPlan(format_, schemas, StructuredOutputsParams(json=schema))
 
 
@@ -140,7 +140,7 @@ def _parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", **schema}
 
 
-def _list_of_calls(schemas: Mapping[str, Mapping[str, Any]], max_calls: int | None) -> dict[str, Any]:
+def calls_schema(schemas: Mapping[str, Mapping[str, Any]], max_calls: int | None) -> dict[str, Any]:
     """[{"name": ..., "parameters": {...}}, ...]; each function's schema stands under `$defs`, its own references moved with it."""
     calls = [
         {
