@@ -96,6 +96,9 @@ class ModelContext:
     default_params: dict[str, Any] = field(default_factory=dict)  # the server's sampling defaults
     response_role: str = "assistant"
     tells_timings: bool = False  # --enable-per-request-metrics
+    forces_usage: bool = False  # --enable-force-include-usage
+    names_tokens_by_id: bool = False  # --return-tokens-as-token-ids
+    default_template_kwargs: dict[str, Any] = field(default_factory=dict)
     make_template: Callable[[str], ChatTemplateLike] | None = None  # for requests that bring one; None: not trusted
     tool_format: str | None = None  # names of `text/message.py`
     reasoning_format: str | None = None

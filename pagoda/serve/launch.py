@@ -21,8 +21,9 @@ from pagoda.base.errors import ConfigError
 from pagoda.base.log import get_logger
 from pagoda.executor.process import BUILDER, EngineProcess
 from pagoda.files.hub import resolve
+from pagoda.serve.checks import check_files, template_kwargs
 
-__all__ = ["bind", "check_files", "serve"]
+__all__ = ["bind", "serve"]
 
 _BACKLOG = 2048
 DEFAULT_QUEUE = 4096  # requests that may wait
@@ -35,6 +36,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, builder: str = BUILDER,
     ("module:function"), `load` tokenizer and template here (default: `executor.front.load_front`).
     """
     check_files(server)
+    template_kwargs(server)
     config = _with_bounded_queue(config)
     with contextlib.closing(bind(server)) as listener:
         _download(config)
@@ -54,16 +56,6 @@ def _with_bounded_queue(config: EngineConfig) -> EngineConfig:
     if config.scheduler.max_num_queued_reqs is not None:
         return config
     return replace(config, scheduler=replace(config.scheduler, max_num_queued_reqs=DEFAULT_QUEUE))
-
-
-def check_files(server: ServerConfig) -> None:
-    """Raises ConfigError for a key, certificate or list of keys that cannot be read, before anything is started."""
-    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "api_key_file"):
-        path = getattr(server, name)
-        if path is not None and not os.access(os.path.expanduser(path), os.R_OK):
-            raise ConfigError(f"`--{name.replace('_', '-')} {path}` cannot be read")
-    if server.ssl_keyfile is not None and server.ssl_certfile is None:
-        raise ConfigError("`--ssl-keyfile` needs --ssl-certfile")
 
 
 def _download(config: EngineConfig) -> None:

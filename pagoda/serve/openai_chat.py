@@ -29,6 +29,7 @@ from pagoda.serve.wire import (
     Usage,
     check_common,
     decode_body,
+    given_or,
     sampling_params,
     structured_outputs,
     structured_warnings,
@@ -182,7 +183,7 @@ def chat_prompt(body: Any, context: ModelContext, **template_kwargs: Any) -> tup
     template = context.template_for(body.chat_template)
     if template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions, or start the server with --chat-template", param="messages")
-    kwargs = {**template_kwargs, **(body.chat_template_kwargs or {})}
+    kwargs = {**context.default_template_kwargs, **template_kwargs, **(body.chat_template_kwargs or {})}
     reserved = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"} & kwargs.keys()
     if reserved:
         raise InvalidRequest(f"`chat_template_kwargs` must not set `{min(reserved)}`: it is a field of its own", param="chat_template_kwargs")
@@ -261,10 +262,10 @@ class ChatRenderer:
         self._num_samples = body.n or 1
         self._has_logprobs, self._num_top = bool(body.logprobs), body.top_logprobs or 0
         self._has_token_ids = bool(body.return_token_ids)
-        self._namer = TokenNamer(context.tokenizer, bool(body.return_tokens_as_token_ids))
+        self._namer = TokenNamer(context.tokenizer, given_or(body.return_tokens_as_token_ids, context.names_tokens_by_id))
         self._echo = _echoed(body, context.response_role)
         options = body.stream_options or StreamOptions()
-        self._has_usage = bool(options.include_usage)
+        self._has_usage = bool(options.include_usage) or context.forces_usage
         self._has_running_usage = bool(options.continuous_usage_stats) and self._has_usage
         self._prompt_token_ids: list[int] = []
         self._num_cached = 0

@@ -35,6 +35,7 @@ from pagoda.serve.wire import (
     Usage,
     check_common,
     decode_body,
+    given_or,
     sampling_params,
     structured_outputs,
     structured_warnings,
@@ -187,9 +188,9 @@ class CompletionRenderer:
         self._is_echo, self._is_scoring = bool(body.echo), body.max_tokens == 0
         self._has_prompt_logprobs = body.prompt_logprobs is not None
         self._has_token_ids = bool(body.return_token_ids)
-        self._namer = TokenNamer(context.tokenizer, bool(body.return_tokens_as_token_ids))
+        self._namer = TokenNamer(context.tokenizer, given_or(body.return_tokens_as_token_ids, context.names_tokens_by_id))
         options = body.stream_options or StreamOptions()
-        self._has_usage = bool(options.include_usage)
+        self._has_usage = bool(options.include_usage) or context.forces_usage
         self._has_running_usage = bool(options.continuous_usage_stats) and self._has_usage
         self._num_prompt = [0] * len(prompts)
         self._num_cached = [0] * len(prompts)

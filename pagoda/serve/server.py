@@ -39,6 +39,7 @@ from pagoda.executor.process import EngineProcess, ProcessClient
 from pagoda.serve.admin import describe_server
 from pagoda.serve.app import build_app, routes
 from pagoda.serve.auth import OPEN_PATHS, read_keys
+from pagoda.serve.checks import template_kwargs
 from pagoda.serve.context import ModelContext, ServerState
 from pagoda.serve.metrics import StatsLog
 from pagoda.text.message import choose
@@ -221,6 +222,9 @@ def model_context(front: Front, info: EngineInfo, server: ServerConfig) -> Model
         default_params=sampling_defaults(front.generation_config),
         response_role=server.response_role,
         tells_timings=server.enable_per_request_metrics,
+        forces_usage=server.enable_force_include_usage,
+        names_tokens_by_id=server.return_tokens_as_token_ids,
+        default_template_kwargs=template_kwargs(server),
         make_template=_template_maker(front.tokenizer.special_tokens) if server.trust_request_chat_template else None,
         tool_format=chosen.tools,
         reasoning_format=chosen.reasoning,

@@ -30,6 +30,7 @@ __all__ = [
     "Usage",
     "check_common",
     "decode_body",
+    "given_or",
     "refuse_unknown",
     "sampling_params",
     "structured_outputs",
@@ -352,6 +353,11 @@ def _token_id(key: str) -> int:
     if not (key.isascii() and key.isdigit() and len(key) < 16):
         raise InvalidRequest(f"`logit_bias` has the key `{key[:40]}`; its keys are token ids, as strings", param="logit_bias")
     return int(key)
+
+
+def given_or(value: bool | None, default: bool) -> bool:
+    """What the request says, else what the server does."""
+    return default if value is None else value
 
 
 def structured_outputs(body: GenerationFields) -> StructuredOutputsParams | None:

@@ -9,7 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from pagoda.base.config import ServerConfig
+from pagoda.base.errors import ConfigError
 from pagoda.base.types import RequestMetrics
+from pagoda.serve.checks import template_kwargs
 from pagoda.serve.server import _template_maker
 from pagoda.serve.wire import timings
 from tests.serve.fakes import Rig, infill_tokenizer
@@ -128,3 +131,28 @@ def test_suffix_fills_a_gap(http: httpx.Client) -> None:
         expected = [258, *encode("ab", add_special_tokens=False), 259, *encode("yz", add_special_tokens=False), 260]
         assert [prompt["prompt_token_ids"] for prompt in rig.engine.prompts.values()] == [expected]
         assert post(rig, TEXT, {"prompt": [1, 2], "suffix": "yz"}).json()["error"]["param"] == "suffix"
+
+
+# ---- what a server does where a request does not say
+
+
+def test_server_wide_choices() -> None:
+    rig = Rig()
+    rig.context = replace(rig.context, forces_usage=True, names_tokens_by_id=True, default_template_kwargs={"mood": "calm", "pace": 1})
+    with rig.make_ready().running():
+        body = {"messages": [USER], "max_tokens": 2, "logprobs": True}
+        text = post(rig, CHAT, {**body, "stream": True}).text
+        assert json.loads(text.split("\n\n")[-3][6:])["usage"]["completion_tokens"] == 2
+        assert rig.template.last["mood"] == "calm"
+        answer = post(rig, CHAT, {**body, "chat_template_kwargs": {"mood": "wild"}}).json()
+        assert (rig.template.last["mood"], rig.template.last["pace"]) == ("wild", 1)
+        assert answer["choices"][0]["logprobs"]["content"][0]["token"].startswith("token_id:")
+        plain = post(rig, CHAT, {**body, "return_tokens_as_token_ids": False}).json()
+        assert plain["choices"][0]["logprobs"]["content"][0]["token"] == "H"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_template_kwargs_that_are_no_object_are_refused_at_start(text: str) -> None:
+    with pytest.raises(ConfigError, match="default-chat-template-kwargs"):
+        template_kwargs(ServerConfig(default_chat_template_kwargs=text))
+    assert template_kwargs(ServerConfig(default_chat_template_kwargs='{"a": 1}')) == {"a": 1}

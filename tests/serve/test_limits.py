@@ -16,7 +16,8 @@ import pytest
 from pagoda.base.config import EngineConfig, SchedulerConfig, ServerConfig
 from pagoda.base.errors import ConfigError
 from pagoda.serve.auth import read_keys
-from pagoda.serve.launch import DEFAULT_QUEUE, _with_bounded_queue, check_files
+from pagoda.serve.checks import check_files
+from pagoda.serve.launch import DEFAULT_QUEUE, _with_bounded_queue
 from tests.serve.fakes import Rig
 from tests.serve.test_streams import wait_until
 
