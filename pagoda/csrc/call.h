@@ -43,6 +43,9 @@ static inline bool take(const Call& c, int64_t count, int64_t chunk, int64_t* be
     return true;
 }
 
+// Where the next take() would begin, if nobody else takes first: a hint of what to fetch ahead.
+static inline int64_t upcoming(const Call& c) { return c.ticket->load(std::memory_order_relaxed); }
+
 static inline int64_t chunk_for(int64_t count, int num_threads, int64_t least = 1) {
     int64_t chunk = count / (int64_t(num_threads) * 4);
     return chunk > least ? chunk : least;

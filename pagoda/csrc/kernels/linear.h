@@ -89,11 +89,12 @@ struct linear_op {
         const int64_t wanted = (4 * num_threads + groups - 1) / groups, most = (c.rows + kPartRows - 1) / kPartRows;
         const int64_t parts = wanted < most ? wanted : most, part_rows = (c.rows + parts - 1) / parts;
         int64_t begin, end;
-        while (take(c, groups * parts, parts > 1 ? 1 : chunk_for(groups, num_threads), &begin, &end)) {
+        const int64_t chunk = groups < 16 * num_threads ? 1 : chunk_for(groups, num_threads);   // few groups: even shares
+        while (take(c, groups * parts, chunk, &begin, &end)) {
             const int64_t r = begin / groups * part_rows, rows = c.rows - r < part_rows ? c.rows - r : part_rows;
             if (rows <= 0) continue;
             const int64_t to = parts > 1 ? begin % groups + 1 : end;
-#define PG_UNPACKED(Format, Act) unpacked_panels<Format, Act>(x, w, r, rows, begin % groups, to, room, finish)
+#define PG_UNPACKED(Format, Act) unpacked_panels<Format, Act>(x, w, r, rows, begin % groups, to, upcoming(c) % groups, room, finish)
             PG_BLOCK_FORMAT(w.dtype, PG_UNPACKED)
 #undef PG_UNPACKED
         }

@@ -139,8 +139,10 @@ static void stored_panels(const char* x, const pg_tensor& weight, int64_t rows, 
 }
 
 // Many rows: groups [begin, end) of kBlockPanels panels are unpacked into `room`, then multiplied with rows [r, r + rows).
+// Group `upcoming` is likely to be wanted after them.
 template <class Format, class Act>
-static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, int64_t rows, int64_t begin, int64_t end, char* room, const Finish& finish) {
+static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, int64_t rows, int64_t begin, int64_t end, int64_t upcoming,
+                            char* room, const Finish& finish) {
     using Panel = UnpackedOf<Format, Act>;
     const int64_t k = weight.cols, bytes = panel_bytes<Format>(k), panels = (weight.rows + 15) / 16, stride = k / 32 * Panel::kBytes;
     const int64_t row_bytes = quant_row_bytes<Act>(k);
@@ -148,8 +150,8 @@ static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, i
     for (int64_t group = begin; group < end; ++group) {
         const int64_t first = group * kBlockPanels;
         for (int64_t p = first; p < first + kBlockPanels && p < panels; ++p) unpack_panel<Format, Act>(w + p * bytes, k, room + (p - first) * stride);
-        const int64_t after = first + kBlockPanels;
-        const int64_t ahead = group + 1 < end ? (after + kBlockPanels < panels ? kBlockPanels : panels - after) * bytes : 0;
+        const int64_t after = (group + 1 < end ? group + 1 : upcoming) * kBlockPanels, left = panels - after;
+        const int64_t ahead = left > 0 ? (left < kBlockPanels ? left : kBlockPanels) * bytes : 0;
         Fetch next = fetch(w + after * bytes, ahead, k / 32 * ((rows + kBlockRows - 1) / kBlockRows));
         block_rows<Panel, kBlockPanels, kBlockRows>(x + r * row_bytes, row_bytes, room, stride, k / 32, r, rows, first * 16, next, finish);
     }
