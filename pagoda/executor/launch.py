@@ -26,6 +26,7 @@ from pagoda.kernels import table as kernel_table
 from pagoda.kernels.cpu import library
 from pagoda.models.catalog import ModelSource, build_model, describe
 from pagoda.models.decoder import Model
+from pagoda.quant.scheme import not_kept
 from pagoda.structured.matcher import GrammarCompiler
 from pagoda.worker.batch import BatchBuilder, Sizes
 from pagoda.worker.graphs import make_forward
@@ -162,9 +163,17 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequ
         weights_nbytes=model.nbytes, kv_nbytes=budget.num_blocks * budget.bytes_per_block, buffers_nbytes=buffers,
         num_blocks=budget.num_blocks, block_size=budget.block_size, max_concurrency=budget.max_concurrency,
         max_model_len=budget.max_model_len, mode=mode, mode_why=why, kernels=library.default().isa if native else "reference",
-        load_seconds=time.perf_counter() - started, reasons=(*reasons, budget.reason),
+        load_seconds=time.perf_counter() - started, reasons=(*reasons, *_dequantized(source, config), budget.reason),
     )  # fmt: skip
     return LocalEngine(core, config, facts, ledger, source, executor)
+
+
+def _dequantized(source: ModelSource, config: EngineConfig) -> tuple[Reason, ...]:
+    """Says which block types of a GGUF file did not stay packed."""
+    file = source.gguf_file
+    types = not_kept(info.dtype for info in file.tensors.values() if len(info.shape) == 2) if file else []
+    to = config.model.quantization or config.model.dtype
+    return tuple(Reason("dequantized", name, f"no kernel multiplies {name} blocks packed; they became {to} while loading") for name in types)
 
 
 def _build_runner(

@@ -8,16 +8,19 @@ loading, a thousand rows at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pagoda.base.registry import Registry
 from pagoda.kernels import ops
+from pagoda.kernels.gguf_blocks import BLOCK_SIZES
 from pagoda.kernels.weight import GgmlRows, Weight, pack, width_unit
 from pagoda.loader.tensor import SourceTensor
 
-__all__ = ["SCHEMES", "Precision", "Scheme", "scheme_for"]
+__all__ = ["SCHEMES", "Precision", "Scheme", "not_kept", "scheme_for"]
 
+_PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
 KEPT_BLOCK_FORMATS = {name.upper(): name for name in ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")}
 DENSE_FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 QUANTIZED_FORMATS = {"int8": "q8_0", "int4": "q4_1"}
@@ -98,3 +101,8 @@ SCHEMES.add("gguf", _GgufBlocks())
 def scheme_for(part: SourceTensor) -> Scheme:
     """The scheme of a tensor, by how its file stores it."""
     return SCHEMES.get("gguf" if part.ggml_type else "dense")
+
+
+def not_kept(ggml_types: Iterable[str]) -> list[str]:
+    """Block types among these that no kernel multiplies packed: their weights are dequantized while loading."""
+    return sorted({name for name in ggml_types if name in BLOCK_SIZES and name not in (*KEPT_BLOCK_FORMATS, *_PLAIN_TYPES)})

@@ -98,3 +98,33 @@ def test_quantizing_never_holds_a_float_copy(stored: str | None, wanted: str) ->
     finally:
         tracemalloc.stop()
     assert peak - weight.nbytes < 0.75 * 4 * 16384 * 256
+
+
+def test_block_types_without_a_kernel_are_named() -> None:
+    from pagoda.quant.scheme import not_kept
+
+    assert not_kept(["Q4_1", "Q5_0", "F32", "BF16", "Q2_K", "Q5_0", "Q6_K"]) == ["Q2_K", "Q5_0"]
+
+
+def test_what_was_dequantized_is_in_the_report(tmp_path, shared_data) -> None:  # type: ignore[no-untyped-def]
+    """A GGUF whose matrices are Q5_0 loads as bfloat16, and the ledger says so."""
+    import numpy as np
+
+    from pagoda.base.config import config_from_kwargs
+    from pagoda.executor.launch import build_engine
+    from pagoda.files.gguf import read_gguf
+    from tests.files.gguf_writer import TYPE_NUMBERS, Tensor, f32, gguf_bytes
+
+    source = read_gguf(shared_data / "weights/stories260K-f32.gguf")
+    tensors = {}
+    for name in source.tensors:
+        array = np.asarray(source.array(name), np.float32)
+        tensors[name] = f32(array)
+        if name.endswith("attn_q.weight"):
+            rows = np.zeros((array.shape[0], array.shape[1] // 32 * 22), np.uint8)
+            tensors[name] = Tensor(TYPE_NUMBERS["Q5_0"], array.shape, rows.tobytes())
+    path = tmp_path / "mixed.gguf"
+    path.write_bytes(gguf_bytes(dict(source.metadata), tensors))
+    lines = build_engine(config_from_kwargs(str(path), kv_cache_memory_bytes=16 << 20, max_model_len=64)).ledger.lines()
+    assert any("dequantized" in line and "Q5_0" in line for line in lines)
+
