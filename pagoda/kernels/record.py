@@ -16,82 +16,27 @@ one arena, in slots sized for the most rows there can be and reused as soon as n
     slot B            w | r |       |          overlap in time, so a slot is given away only after the barrier
     slot C              | w | r   r | r        that follows its last reader
 
-numpy arrays, weights and cache planes given to an op while recording are captured by address and kept alive.
+numpy arrays, weights and cache planes given to an op while recording are captured by address and kept alive. Some steps are
+joined into one before any memory is given out (fuse.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pagoda.kernels.cpu import library
 from pagoda.kernels.cpu.library import SYMBOLS, Instruction, KernelFault, Library, Tensor
+from pagoda.kernels.fuse import fuse
 from pagoda.kernels.memory import ALIGNMENT, allocate
+from pagoda.kernels.symbolic import Access, Slot, Step, SymArray
 from pagoda.kernels.table import CannotRecord
-from pagoda.kernels.weight import Weight
 
 __all__ = ["Program", "Recorder", "SymArray"]
-
-_USES_SCRATCH = {"linear", "attention", "sample"}  # of which two must not overlap
-_WRITES = {"kv_write": (2, 3)}  # every other op writes its last operand
-
-
-@dataclass(eq=False)
-class _Slot:
-    """Memory behind SymArrays: an outside array, or a part of the arena that lives for some groups."""
-
-    row_nbytes: int
-    outside: np.ndarray | None = None
-    nbytes: int = 0
-    offset: int = 0
-    first_group: int = -1
-    last_group: int = -1
-
-
-@dataclass(frozen=True, eq=False)
-class SymArray:
-    """An array that exists when the program runs. `shape` is (rows symbol, cols), or (rows symbol,) in one dimension."""
-
-    recorder: Recorder
-    slot: _Slot
-    shape: tuple[Any, ...]
-    dtype: np.dtype[Any]
-    first_col: int = 0
-    kernel_device: str = field(default="record", init=False)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def __getitem__(self, key: Any) -> SymArray:
-        """A column slice `x[:, a:b]`; nothing else can be had before the program runs."""
-        if not (self.ndim == 2 and isinstance(key, tuple) and len(key) == 2 and key[0] == slice(None)):
-            raise CannotRecord("slice", "only column slices `x[:, a:b]` of two-dimensional arrays can be taken")
-        if not isinstance(key[1], slice):
-            raise CannotRecord("slice", "a single column is not an array of rows")
-        start, stop, step = key[1].indices(self.shape[1])
-        if step != 1 or stop <= start:
-            raise CannotRecord("slice", f"columns {start}:{stop}:{step} are not a contiguous, non-empty range")
-        return SymArray(self.recorder, self.slot, (self.shape[0], stop - start), self.dtype, self.first_col + start)
-
-    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        raise CannotRecord("numpy", "a recorded array has no values before the program runs")
-
-
-@dataclass(frozen=True)
-class _Access:
-    """Columns [start, stop) of some memory, for finding out which instructions depend on each other."""
-
-    memory: int
-    start: int
-    stop: int
-
-    def overlaps(self, other: _Access) -> bool:
-        return self.memory == other.memory and self.start < other.stop and other.start < self.stop
 
 
 @dataclass
@@ -100,7 +45,7 @@ class _Patch:
 
     instruction: Instruction
     operand: int
-    slot: _Slot
+    slot: Slot
     byte_offset: int
 
 
@@ -114,11 +59,11 @@ class Recorder:
         self._library = lib or library.default()
         self._code: list[Instruction] = []
         self._patches: list[_Patch] = []
-        self._slots: list[_Slot] = []
-        self._kept: list[Any] = []
+        self._slots: list[Slot] = []
+        self._steps: list[Step] = []
         self._group = 0
-        self._group_reads: list[_Access] = []
-        self._group_writes: list[_Access] = []
+        self._group_reads: list[Access] = []
+        self._group_writes: list[Access] = []
         self._num_marks = 0
 
     def input(self, array: np.ndarray, rows: str) -> SymArray:
@@ -127,21 +72,19 @@ class Recorder:
             raise ValueError(f"an input of {array.shape[0]} rows cannot hold the {self.max_rows[rows]} rows of `{rows}`")
         library.describe(array)  # refuses what no kernel can read
         shape = (rows,) if array.ndim == 1 else (rows, array.shape[1])
-        return SymArray(self, _Slot(array.strides[0], outside=array), shape, array.dtype)
+        return SymArray(self, Slot(array.strides[0], outside=array), shape, array.dtype)
 
     def temporary(self, rows: str, cols: int | None, dtype: np.dtype[Any]) -> SymArray:
         """An uninitialised array in the arena."""
         row_nbytes = (cols or 1) * dtype.itemsize
         size = -(-max(self.max_rows[rows], 1) * row_nbytes // ALIGNMENT) * ALIGNMENT
-        slot = _Slot(row_nbytes, nbytes=size)
+        slot = Slot(row_nbytes, nbytes=size)
         self._slots.append(slot)
         return SymArray(self, slot, (rows,) if cols is None else (rows, cols), dtype)
 
     def mark(self) -> int:
         """A layer boundary: when a run passes it, its progress grows by one. Returns the mark's number, from 1."""
-        self._start_group()
-        self._code.append(self._library.instruction("mark", ()))
-        self._code[-1].barrier = 0
+        self._steps.append(Step("mark", ()))
         self._num_marks += 1
         return self._num_marks
 
@@ -149,25 +92,30 @@ class Recorder:
         """Appends one op. ValueError when its operands do not fit together."""
         if op not in self._library.ops:
             raise CannotRecord(op)
-        written = _WRITES.get(op, (len(operands) - 1,))
-        tensors, accesses = [], []
-        for k, operand in enumerate(operands):
-            tensors.append(self._tensor(operand))
-            if operand is not None:
-                accesses.append((k in written, _access(operand)))
-        if op in _USES_SCRATCH:
-            accesses.append((True, _Access(0, 0, 1)))
-        instruction = self._library.instruction(op, tensors, ints, floats)
-        instruction.barrier = 0
-        self._order([a for w, a in accesses if not w], [a for w, a in accesses if w])
-        for k, operand in enumerate(operands):
+        step = Step(op, operands, ints, floats)
+        self._instruction(step)  # checks
+        self._steps.append(step)
+
+    def _instruction(self, step: Step) -> Instruction:
+        made = self._library.instruction(step.op, [self._tensor(x) for x in step.operands], step.ints, step.floats)
+        made.barrier = 0
+        return made
+
+    def _place(self, step: Step) -> None:
+        """Appends an instruction, and before it a barrier if it needs one."""
+        instruction = self._instruction(step)
+        if step.op == "mark":
+            self._start_group()
+        self._order(*step.accesses())
+        for k, operand in enumerate(step.operands):
             if isinstance(operand, SymArray) and operand.slot.outside is None:
                 self._use(operand, instruction, k)
         self._code.append(instruction)
-        self._kept.append(operands)
 
     def finish(self, outputs: Sequence[SymArray]) -> Program:
-        """Lays out the arena and makes the program. Outputs keep their memory until the next run."""
+        """Joins steps, lays out the arena and makes the program. Outputs keep their memory until the next run."""
+        for step in fuse(self._steps, outputs):
+            self._place(step)
         for output in outputs:
             output.slot.last_group = self._group + 1
         arena = allocate(_plan([slot for slot in self._slots if slot.first_group >= 0]))
@@ -176,7 +124,7 @@ class Recorder:
         for patch in self._patches:
             target = code[place[id(patch.instruction)]].t[patch.operand]
             target.data = arena.ctypes.data + patch.slot.offset + patch.byte_offset
-        return Program(self._library, code, arena, list(outputs), self.max_rows, self._kept)
+        return Program(self._library, code, arena, list(outputs), self.max_rows, self._steps)
 
     def _tensor(self, operand: Any) -> Tensor:
         if not isinstance(operand, SymArray):
@@ -195,7 +143,7 @@ class Recorder:
         slot.last_group = self._group
         self._patches.append(_Patch(instruction, operand, slot, array.first_col * array.dtype.itemsize))
 
-    def _order(self, reads: list[_Access], writes: list[_Access]) -> None:
+    def _order(self, reads: list[Access], writes: list[Access]) -> None:
         """Puts a barrier before the next instruction when it depends on the group it would join."""
         clash = any(w.overlaps(x) for w in writes for x in (*self._group_reads, *self._group_writes))
         clash = clash or any(r.overlaps(x) for r in reads for x in self._group_writes)
@@ -221,7 +169,7 @@ class Program:
         arena: np.ndarray,
         outputs: list[SymArray],
         max_rows: dict[str, int],
-        kept: list[Any],
+        kept: list[Step],
     ) -> None:
         self._library, self._arena, self._kept = lib, arena, kept
         self._outputs = outputs
@@ -290,26 +238,9 @@ class Program:
             self._library.dll.pg_program_free(self._handle)
 
 
-def _access(operand: Any) -> _Access:
-    if isinstance(operand, SymArray):
-        stop = operand.first_col + (1 if operand.ndim == 1 else operand.shape[1])
-        if operand.slot.outside is not None:
-            return _whole(operand.slot.outside)
-        return _Access(id(operand.slot), operand.first_col, stop)
-    return _whole(operand.data if isinstance(operand, Weight) else operand)
-
-
-def _whole(array: np.ndarray) -> _Access:
-    """All of the memory an array is a view of: two views of one array are taken to overlap."""
-    root: Any = array
-    while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
-        root = root.base
-    return _Access(id(root), 0, 1)
-
-
-def _plan(slots: list[_Slot]) -> int:
+def _plan(slots: list[Slot]) -> int:
     """Gives every slot an offset such that slots alive in the same group never overlap. -> bytes of the arena."""
-    size, alive = 0, list[_Slot]()
+    size, alive = 0, list[Slot]()
     for slot in sorted(slots, key=lambda s: s.first_group):
         alive = sorted((s for s in alive if s.last_group >= slot.first_group), key=lambda s: s.offset)
         offset = 0

@@ -1,19 +1,21 @@
 // The linear op: turn the activations into what the format multiplies with, then share out panels of 16 outputs.
 //
-// With few rows every thread converts all of them into scratch of its own, which is cheaper than meeting; with more,
-// the rows are shared out and converted once, then the threads meet. Scratch is the converted rows, then for each thread
-// room for the panels it has unpacked.
+// The activations may first be normalised, or be the gate and the factor of a gated activation (kernels/fuse.py). With few rows
+// every thread prepares and converts all of them into scratch of its own, which is cheaper than meeting; with more, the rows
+// are shared out and converted once, then the threads meet. Scratch is the converted rows, then for each thread a
+// prepared row, then room for the panels it has unpacked.
 #pragma once
+
+enum Prepare { kAsIs = 0, kRmsNorm = 1, kActAndMul = 2 };
 
 struct linear_op {
     static constexpr int64_t kFewRows = 3;
 
-    static bool converts_once(const Call& c, int num_threads) {
-        return num_threads > 1 && c.rows > kFewRows && c.t[1].dtype != PG_W_F32;
-    }
+    static bool converts(const Call& c) { return c.t[1].dtype != PG_W_F32 || c.i[0] != kAsIs; }
+    static bool converts_once(const Call& c, int num_threads) { return num_threads > 1 && c.rows > kFewRows && converts(c); }
     static bool unpacks(const Call& c) { return c.t[1].dtype >= PG_W_Q8_0 && c.rows > kUnpackRows; }
     static int64_t row_bytes(const pg_tensor& w) {
-        if (w.dtype == PG_W_F32) return 0;
+        if (w.dtype == PG_W_F32) return round_up(w.cols * 4, 64);
         if (w.dtype == PG_W_BF16) return round_up(w.cols * 2 + 2, 64);
         return w.dtype & PG_W_INT8 ? quant_row_bytes<Int8>(w.cols) : quant_row_bytes<Int16>(w.cols);
     }
@@ -26,19 +28,31 @@ struct linear_op {
     }
     static int64_t rows_bytes(const Call& c, int num_threads) {
         int64_t own = num_threads * (c.rows < kFewRows ? c.rows : kFewRows);
-        return row_bytes(c.t[1]) * (c.rows > own ? c.rows : own);
+        return converts(c) ? row_bytes(c.t[1]) * (c.rows > own ? c.rows : own) : 0;
     }
+    static int64_t prepared_bytes(const Call& c) { return c.i[0] == kAsIs ? 0 : round_up(c.t[1].cols * 4, 64); }
     static int phases(const Call& c, int num_threads) { return converts_once(c, num_threads) ? 2 : 1; }
     static int64_t scratch(const Call& c, int num_threads) {
-        return rows_bytes(c, num_threads) + (unpacks(c) ? num_threads * room_bytes(c.t[1]) : 0);
+        return rows_bytes(c, num_threads) + num_threads * (prepared_bytes(c) + (unpacks(c) ? room_bytes(c.t[1]) : 0));
     }
 
-    static void convert(const Call& c, char* to, int64_t begin, int64_t end) {
+    // Row r of the activations as the product sees it, in `room` unless it is that already.
+    static const float* prepared(const Call& c, int64_t r, float* room) {
+        const float* x = row<float>(c.t[0], r);
+        const int64_t width = c.t[1].cols;
+        if (c.i[0] == kAsIs) return x;
+        if (c.i[0] == kRmsNorm) rms_norm_op::normalise(x, room, static_cast<const float*>(c.t[5].data), width, float(c.f[0]));
+        else act_and_mul_row(c.i[1], x, room, width);
+        return room;
+    }
+
+    static void convert(const Call& c, char* to, int64_t begin, int64_t end, char* room) {
         const pg_tensor& w = c.t[1];
         const int64_t bytes = row_bytes(w);
         for (int64_t r = begin; r < end; ++r) {
-            const float* x = row<float>(c.t[0], r);
             char* y = to + r * bytes;
+            const float* x = prepared(c, r, w.dtype == PG_W_F32 ? (float*)y : (float*)room);
+            if (w.dtype == PG_W_F32) continue;
             if (w.dtype == PG_W_BF16) {
                 row_to_bf16(x, (uint16_t*)y, w.cols);
                 ((uint16_t*)y)[w.cols] = 0;   // the other half of the last pair when K is odd
@@ -51,16 +65,17 @@ struct linear_op {
     }
 
     static void run(const Call& c, int phase, int tid, int num_threads) {
-        char* x = c.scratch;
+        char *x = c.scratch, *room = c.scratch + rows_bytes(c, num_threads) + tid * prepared_bytes(c);
         int64_t begin, end;
         if (converts_once(c, num_threads)) {
             if (phase == 0) {
-                while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end)) convert(c, x, begin, end);
+                fetch_first(c, tid);
+                while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end)) convert(c, x, begin, end, room);
                 return;
             }
-        } else if (c.t[1].dtype != PG_W_F32) {
+        } else if (converts(c)) {
             x += tid * c.rows * row_bytes(c.t[1]);
-            convert(c, x, 0, c.rows);
+            convert(c, x, 0, c.rows, room);
         }
         if (unpacks(c)) return multiply_unpacked(c, x, tid, num_threads);
         const int64_t panels = (c.t[1].rows + 15) / 16;
@@ -68,11 +83,26 @@ struct linear_op {
         while (take(c, panels, chunk, &begin, &end)) multiply(c, x, begin, end);
     }
 
+    // The panels this thread will probably begin with come from memory while the rows are converted.
+    static void fetch_first(const Call& c, int tid) {
+        const pg_tensor& w = c.t[1];
+        if (!unpacks(c)) return;
+        int64_t bytes = 0;
+#define PG_PANEL_BYTES(Format, Act) bytes = panel_bytes<Format>(w.cols) * kBlockPanels
+        PG_BLOCK_FORMAT(w.dtype, PG_PANEL_BYTES)
+#undef PG_PANEL_BYTES
+        if ((tid + 1) * 16 * kBlockPanels > w.rows) return;
+        const char* at = static_cast<const char*>(w.data) + tid * bytes;
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
+    }
+
     static void multiply(const Call& c, const char* x, int64_t begin, int64_t end) {
         const pg_tensor& w = c.t[1];
         const Finish finish{&c.t[2], &c.t[3], &c.t[4]};
         switch (w.dtype) {
-            case PG_W_F32: return float_panels<F32Panels>(row<float>(c.t[0], 0), c.t[0].stride, w, c.rows, begin, end, finish);
+            case PG_W_F32:
+                if (converts(c)) return float_panels<F32Panels>((const float*)x, row_bytes(w) / 4, w, c.rows, begin, end, finish);
+                return float_panels<F32Panels>(row<float>(c.t[0], 0), c.t[0].stride, w, c.rows, begin, end, finish);
             case PG_W_BF16: return float_panels<Bf16Panels>((const uint16_t*)x, row_bytes(w) / 2, w, c.rows, begin, end, finish);
         }
 #define PG_STORED(Format, Act) stored_panels<Format, Act>(x, w, c.rows, begin, end, finish)
@@ -84,7 +114,7 @@ struct linear_op {
     static void multiply_unpacked(const Call& c, const char* x, int tid, int num_threads) {
         const pg_tensor& w = c.t[1];
         const Finish finish{&c.t[2], &c.t[3], &c.t[4]};
-        char* room = c.scratch + rows_bytes(c, num_threads) + tid * room_bytes(w);
+        char* room = c.scratch + rows_bytes(c, num_threads) + num_threads * prepared_bytes(c) + tid * room_bytes(w);
         const int64_t groups = (w.rows + 16 * kBlockPanels - 1) / (16 * kBlockPanels);
         const int64_t wanted = (4 * num_threads + groups - 1) / groups, most = (c.rows + kPartRows - 1) / kPartRows;
         const int64_t parts = wanted < most ? wanted : most, part_rows = (c.rows + parts - 1) / parts;

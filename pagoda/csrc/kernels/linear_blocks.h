@@ -113,18 +113,27 @@ static void block_tile(const char* x, int64_t row_bytes, const char* w, int64_t 
             if (n + 16 * p < finish.out->cols) finish(acc[a][p], r + a, n + 16 * p);
 }
 
-// Rows [r, r + rows) against kPanels panels, while what comes next is fetched.
+// A tile of `rows` rows, at most kRows.
+template <class Panel, int kPanels, int kRows>
+PG_INLINE void tile_of(int64_t rows, const char* x, int64_t row_bytes, const char* w, int64_t stride, int64_t num_blocks, int64_t r, int64_t n,
+                       Fetch& next, const Finish& finish) {
+    if constexpr (kRows > 1)
+        if (rows < kRows) return tile_of<Panel, kPanels, kRows - 1>(rows, x, row_bytes, w, stride, num_blocks, r, n, next, finish);
+    block_tile<Panel, kRows, kPanels>(x, row_bytes, w, stride, num_blocks, r, n, next, finish);
+}
+
+// Rows [r, r + rows) against kPanels panels, while what comes next is fetched. Tiles are as even as can be: one of a row or
+// two at the end would wait for its own chains of additions.
 template <class Panel, int kPanels, int kRows>
 static void block_rows(const char* x, int64_t row_bytes, const char* w, int64_t stride, int64_t num_blocks, int64_t r, int64_t rows, int64_t n,
                        Fetch& next, const Finish& finish) {
-    while (rows >= kRows) {
-        block_tile<Panel, kRows, kPanels>(x, row_bytes, w, stride, num_blocks, r, n, next, finish);
-        x += kRows * row_bytes;
-        r += kRows;
-        rows -= kRows;
+    for (int64_t tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
+        const int64_t now = (rows + tiles - 1) / tiles;
+        tile_of<Panel, kPanels, kRows>(now, x, row_bytes, w, stride, num_blocks, r, n, next, finish);
+        x += now * row_bytes;
+        r += now;
+        rows -= now;
     }
-    if constexpr (kRows > 1)
-        if (rows) block_rows<Panel, kPanels, kRows - 1>(x, row_bytes, w, stride, num_blocks, r, rows, n, next, finish);
 }
 
 // Few rows: panels [begin, end) are streamed one after the other.

@@ -13,7 +13,7 @@ import numpy as np
 
 from pagoda.kernels.cpu import library
 from pagoda.kernels.kv import KvPlane
-from pagoda.kernels.record import SymArray
+from pagoda.kernels.symbolic import SymArray
 from pagoda.kernels.table import implements
 from pagoda.kernels.weight import Weight
 
@@ -70,7 +70,9 @@ def embedding(ids_T: Array, table: Weight, *, scale: float = 1.0) -> Array:
 
 
 @implements("rms_norm", device=NATIVE)
-def rms_norm(x_TD: Array, weight_G: Array, *, eps: float, out: Array | None = None) -> Array:
+def rms_norm(x_TD: Array, weight_G: Array, *, eps: float, residual: Array | None = None, out: Array | None = None) -> Array:
+    if residual is not None:
+        x_TD = add(x_TD, residual, out=residual)
     out = _new(x_TD, x_TD.shape[1]) if out is None else out
     _emit("rms_norm", (x_TD, weight_G, out), floats=(eps,))
     return out
@@ -86,7 +88,7 @@ def linear(
     out: Array | None = None,
 ) -> Array:
     out = _new(x_TK, weight.shape[0]) if out is None else out
-    _emit("linear", (x_TK, weight, bias_N, residual, out))
+    _emit("linear", (x_TK, weight, bias_N, residual, out, None))
     return out
 
 
@@ -120,8 +122,11 @@ def attention(
     head_dim: int,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks_H: Array | None = None,
     out: Array | None = None,
 ) -> Array:
+    if sinks_H is not None:
+        raise ValueError("op `attention`: sinks have no native kernel; PAGODA_KERNELS=reference computes them")
     if head_dim != cache.head_dim:
         raise ValueError(f"op `attention`: head_dim is {head_dim}, the cache's is {cache.head_dim}")
     out = _new(q_TD, q_TD.shape[1]) if out is None else out
