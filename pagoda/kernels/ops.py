@@ -45,12 +45,13 @@ def embedding(ids_T: Array, table: Weight, *, scale: float = 1.0) -> Array:
     return lookup("embedding", ids_T)(ids_T, table, scale=scale)
 
 
-def rms_norm(x_TD: Array, weight_G: Array, *, eps: float, out: Array | None = None) -> Array:
+def rms_norm(x_TD: Array, weight_G: Array, *, eps: float, residual: Array | None = None, out: Array | None = None) -> Array:
     """y = x / sqrt(mean(x^2) + eps) * weight over each group of G = len(weight) columns; G divides D.
 
-    G = D is the usual norm; G = head_dim normalises every head. `out` may be `x_TD`.
+    G = D is the usual norm; G = head_dim normalises every head. `out` may be `x_TD`. With `residual` (T, D) x + residual takes
+    the place of x, and is left in `residual`.
     """
-    return lookup("rms_norm", x_TD)(x_TD, weight_G, eps=eps, out=out)
+    return lookup("rms_norm", x_TD)(x_TD, weight_G, eps=eps, residual=residual, out=out)
 
 
 def linear(
@@ -92,6 +93,7 @@ def attention(
     head_dim: int,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks_H: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """Causal attention of each query over the paged keys of its own sequence. -> o_TD float32.
@@ -100,6 +102,7 @@ def attention(
     p = seq_lens[s] - (number of its queries) + i and sees keys j <= p, and j > p - window when window > 0.
     Scores are scale * q.k, soft-capped to cap * tanh(s / cap) when soft_cap > 0. Query head h reads key-value head
     h // (heads / cache.num_kv_heads). Tables are int32; key j of s is at block_table[s, j // block_size].
+    `sinks_H`: a score per head that joins the sum of the softmax and has no value (no native kernel has it).
     """
     return lookup("attention", q_TD)(
         q_TD,
@@ -111,6 +114,7 @@ def attention(
         head_dim=head_dim,
         window=window,
         soft_cap=soft_cap,
+        sinks_H=sinks_H,
         out=out,
     )
 

@@ -5,6 +5,9 @@ Devices on a CPU host:
     cpu        numpy arrays, native library
     reference  numpy arrays without the library, and torch tensors on the CPU; the definition of truth
     record     symbolic arrays: the op is appended to a program instead of run
+    cuda       torch tensors on a GPU: Triton kernels, imported when first asked for
+
+Under `backend("cuda")` torch tensors on the CPU count as a GPU's: how Triton's interpreter runs the kernels without one.
 
 An implementation registers itself with `@implements("rms_norm", device="cpu")`. `backend("reference")` forces what
 numpy arrays use, for tests.
@@ -12,6 +15,7 @@ numpy arrays use, for tests.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +45,7 @@ class _Table:
         self.rows: dict[tuple[str, str], Implementation] = {}
         self.forced: list[str] = []
         self.chosen: str | None = None
+        self.has_triton = False
 
 
 _TABLE = _Table()
@@ -60,7 +65,10 @@ def implements(op: str, *, device: str | tuple[str, ...]) -> Callable[[F], F]:
 
 @contextmanager
 def backend(device: str) -> Iterator[None]:
-    """Forces what numpy operands use: "cpu" or "reference". Nests; not thread safe; for tests and comparisons."""
+    """Forces what numpy operands use, "cpu" or "reference", or what torch tensors on the CPU use, "cuda".
+
+    Nests; not thread safe; for tests and comparisons.
+    """
     _TABLE.forced.append(device)
     try:
         yield
@@ -70,7 +78,7 @@ def backend(device: str) -> Iterator[None]:
 
 def numpy_device() -> str:
     """ "cpu" when the native library loads and is not refused by PAGODA_KERNELS, else "reference" (said once)."""
-    if _TABLE.forced:
+    if _TABLE.forced and _TABLE.forced[-1] != "cuda":
         return _TABLE.forced[-1]
     if _TABLE.chosen is None:
         _TABLE.chosen = _choose_numpy_device()
@@ -100,13 +108,18 @@ def device_of(operand: Any) -> str:
         return str(device)
     if type(operand).__module__.partition(".")[0] == "torch":
         kind = str(operand.device.type)
-        return "reference" if kind == "cpu" else kind
+        if kind in ("cpu", "meta"):
+            return "cuda" if "cuda" in _TABLE.forced[-1:] else "reference"
+        return kind
     raise TypeError(f"no kernels for operands of type `{type(operand).__name__}`")
 
 
 def lookup(op: str, operand: Any) -> Implementation:
     """The implementation of `op` for this operand; CannotRecord or LookupError when there is none."""
     device = device_of(operand)
+    if device == "cuda" and not _TABLE.has_triton:
+        importlib.import_module("pagoda.kernels.triton")  # registers its ops; needs torch, which a CPU host need not have
+        _TABLE.has_triton = True
     found = _TABLE.rows.get((op, device))
     if found is not None:
         return found

@@ -36,7 +36,7 @@ import numpy as np
 from pagoda.kernels import gguf_blocks
 from pagoda.kernels.memory import allocate
 
-__all__ = ["BLOCK_FORMATS", "FORMATS", "GgmlRows", "Weight", "pack", "packed_nbytes", "storage_of", "unpack", "width_unit"]
+__all__ = ["BLOCK_FORMATS", "FORMATS", "GgmlRows", "Weight", "native_chunks", "pack", "packed_nbytes", "shape_of", "storage_of", "unpack", "width_unit"]
 
 PANEL = 16
 _UNITS = {  # values of K stored together, and bytes of 16 outputs' of them
@@ -106,7 +106,7 @@ def pack(format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Weight:
     """
     if format not in FORMATS:
         raise ValueError(f"weight format `{format}` is not one of {', '.join(FORMATS)}")
-    sizes = [_shape_of(part) for part in parts]
+    sizes = [shape_of(part) for part in parts]
     widths = {k for _, k in sizes}
     if len(widths) != 1:
         raise ValueError(f"parts to stack have different widths {sorted(widths)}")
@@ -179,7 +179,8 @@ def _unpack_units(storage: str, units: np.ndarray) -> np.ndarray:
     return dense
 
 
-def _shape_of(part: np.ndarray | GgmlRows) -> tuple[int, int]:
+def shape_of(part: np.ndarray | GgmlRows) -> tuple[int, int]:
+    """(N, K) of a part as `pack` takes it."""
     if isinstance(part, GgmlRows):
         values, num_bytes = gguf_blocks.BLOCK_SIZES[part.type_name]
         return part.rows.shape[0], part.rows.shape[1] // num_bytes * values
@@ -203,9 +204,10 @@ def _native_rows(format: str, part: np.ndarray | GgmlRows) -> np.ndarray:
 _CHUNK_ROWS = 1024  # converted at a time, so that the float32 copy of a big tensor never exists
 
 
-def _chunks(format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Iterator[np.ndarray]:
+def native_chunks(format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Iterator[np.ndarray]:
+    """The parts' rows in order, a thousand at a time: floats of the target type, or raw rows of the target block type."""
     for part in parts:
-        for start in range(0, _shape_of(part)[0], _CHUNK_ROWS):
+        for start in range(0, shape_of(part)[0], _CHUNK_ROWS):
             stop = start + _CHUNK_ROWS
             piece = GgmlRows(part.type_name, part.rows[start:stop]) if isinstance(part, GgmlRows) else part[start:stop]
             yield _native_rows(format, piece)
@@ -214,7 +216,7 @@ def _chunks(format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Iterator[np.
 def _whole_panels(format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Iterator[tuple[int, np.ndarray]]:
     """(first panel, rows) with the rows a multiple of 16, parts run together, the last one padded with zeros."""
     panel, held = 0, None
-    for rows in _chunks(format, parts):
+    for rows in native_chunks(format, parts):
         if held is not None and len(held):
             rows = np.concatenate([held, rows])
         whole = len(rows) - len(rows) % PANEL

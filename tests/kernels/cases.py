@@ -169,6 +169,7 @@ def _cases() -> list[Case]:
     cases.append(Case("embedding", "bf16-odd", lambda rng: ((rng.integers(0, 7, 3).astype(np.int32), weight(rng, "bf16", 7, 9)), {})))
     for width, group in ((64, 64), (24, 24), (192, 64), (40, 8), (576, 576)):
         cases.append(Case("rms_norm", f"{width}-by-{group}", lambda rng, w=width, g=group: ((normal(rng, 5, w), normal(rng, g)), {"eps": 1e-5})))
+    cases.append(Case("rms_norm", "residual", lambda rng: ((normal(rng, 5, 72), normal(rng, 72)), {"eps": 1e-6, "residual": normal(rng, 5, 72)})))
     cases += [rope_case("full", 3, 64, 64, np.int64), rope_case("part", 2, 80, 32, np.int32), rope_case("tiny", 4, 8, 8, np.int64)]
     for kind in ("silu", "gelu_tanh", "gelu", "relu"):
         cases.append(Case("act_and_mul", kind, lambda rng, k=kind: ((normal(rng, 4, 70) * 4, k), {})))

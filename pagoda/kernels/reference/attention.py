@@ -46,6 +46,7 @@ def attention(
     head_dim: int,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks_H: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     xp = array_namespace(q_TD)
@@ -62,12 +63,14 @@ def attention(
         seen = key <= position
         if window > 0:
             seen = seen & (key > position - window)
-        y = _attend(q, k, v, seen, scale=scale, soft_cap=soft_cap)
+        y = _attend(q, k, v, seen, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)
         o_TD[first:stop, :] = xp.reshape(y, (stop - first, -1))
     return o_TD
 
 
-def _attend(q_QHGD: Array, k_JHD: Array, v_JHD: Array, seen_QJ: Array, *, scale: float, soft_cap: float) -> Array:
+def _attend(
+    q_QHGD: Array, k_JHD: Array, v_JHD: Array, seen_QJ: Array, *, scale: float, soft_cap: float, sinks_H: Array | None
+) -> Array:
     """softmax(scale * q.k, over the seen keys) v for each head; G query heads share a key head H. -> (Q, H, G, D)."""
     xp = array_namespace(q_QHGD)
     q_HGQD = xp.permute_dims(q_QHGD, (1, 2, 0, 3))
@@ -78,6 +81,10 @@ def _attend(q_QHGD: Array, k_JHD: Array, v_JHD: Array, seen_QJ: Array, *, scale:
         scores = soft_cap * xp.tanh(scores / soft_cap)
     # A key that is not seen may hold anything, NaN included: it is masked out of both products.
     scores = xp.where(seen_QJ, scores, xp.full_like(scores, -math.inf))
-    p = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
-    p = p / xp.sum(p, axis=-1, keepdims=True)
+    top = xp.max(scores, axis=-1, keepdims=True)
+    p = xp.exp(scores - top)
+    total = xp.sum(p, axis=-1, keepdims=True)
+    if sinks_H is not None:
+        total = total + xp.exp(xp.reshape(sinks_H, (*q_HGQD.shape[:2], 1, 1)) - top)
+    p = p / total
     return xp.permute_dims(p @ v_H1JD, (2, 0, 1, 3))

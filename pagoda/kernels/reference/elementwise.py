@@ -33,8 +33,10 @@ def _into(out: Array | None, value: Array) -> Array:
 
 
 @implements("rms_norm", device="reference")
-def rms_norm(x_TD: Array, weight_G: Array, *, eps: float, out: Array | None = None) -> Array:
+def rms_norm(x_TD: Array, weight_G: Array, *, eps: float, residual: Array | None = None, out: Array | None = None) -> Array:
     xp = array_namespace(x_TD)
+    if residual is not None:
+        x_TD = _into(residual, x_TD + residual)
     x = xp.reshape(x_TD, (x_TD.shape[0], -1, weight_G.shape[0]))
     mean_square = xp.mean(x * x, axis=-1, keepdims=True)
     y = x / xp.sqrt(mean_square + eps) * weight_G
