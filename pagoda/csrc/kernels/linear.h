@@ -124,7 +124,8 @@ struct linear_op {
             const int64_t r = begin / groups * part_rows, rows = c.rows - r < part_rows ? c.rows - r : part_rows;
             if (rows <= 0) continue;
             const int64_t to = parts > 1 ? begin % groups + 1 : end;
-#define PG_UNPACKED(Format, Act) unpacked_panels<Format, Act>(x, w, r, rows, begin % groups, to, upcoming(c) % groups, room, finish)
+            const int64_t likely = upcoming(c) + (num_threads - 1) * chunk;   // the others come first
+#define PG_UNPACKED(Format, Act) unpacked_panels<Format, Act>(x, w, r, rows, begin % groups, to, likely % groups, room, finish)
             PG_BLOCK_FORMAT(w.dtype, PG_UNPACKED)
 #undef PG_UNPACKED
         }

@@ -142,7 +142,7 @@ static void stored_panels(const char* x, const pg_tensor& weight, int64_t rows, 
     const int64_t k = weight.cols, bytes = panel_bytes<Format>(k);
     for (int64_t p = begin; p < end; ++p) {
         const char* w = static_cast<const char*>(weight.data) + p * bytes;
-        Fetch next = fetch(w + bytes, p + 1 < end ? bytes : 0, k / 32);
+        Fetch next = fetch(w + bytes, p + 1 < end ? bytes : 0, k / 32, rows <= kStoredRows);
         block_rows<Stored<Format, Act>, 1, kStoredRows>(x, quant_row_bytes<Act>(k), w, bytes, k / 32, 0, rows, p * 16, next, finish);
     }
 }
@@ -161,7 +161,7 @@ static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, i
         for (int64_t p = first; p < first + kBlockPanels && p < panels; ++p) unpack_panel<Format, Act>(w + p * bytes, k, room + (p - first) * stride);
         const int64_t after = (group + 1 < end ? group + 1 : upcoming) * kBlockPanels, left = panels - after;
         const int64_t ahead = left > 0 ? (left < kBlockPanels ? left : kBlockPanels) * bytes : 0;
-        Fetch next = fetch(w + after * bytes, ahead, k / 32 * ((rows + kBlockRows - 1) / kBlockRows));
+        Fetch next = fetch(w + after * bytes, ahead, k / 32 * ((rows + kBlockRows - 1) / kBlockRows), false);
         block_rows<Panel, kBlockPanels, kBlockRows>(x + r * row_bytes, row_bytes, room, stride, k / 32, r, rows, first * 16, next, finish);
     }
 }
