@@ -122,8 +122,7 @@ PG_INLINE void tile_of(int64_t rows, const char* x, int64_t row_bytes, const cha
     block_tile<Panel, kRows, kPanels>(x, row_bytes, w, stride, num_blocks, r, n, next, finish);
 }
 
-// Rows [r, r + rows) against kPanels panels, while what comes next is fetched. Tiles are as even as can be: one of a row or
-// two at the end would wait for its own chains of additions.
+// Rows [r, r + rows) against kPanels panels, in tiles as even as can be, while what comes next is fetched.
 template <class Panel, int kPanels, int kRows>
 static void block_rows(const char* x, int64_t row_bytes, const char* w, int64_t stride, int64_t num_blocks, int64_t r, int64_t rows, int64_t n,
                        Fetch& next, const Finish& finish) {

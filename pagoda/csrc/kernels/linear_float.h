@@ -68,17 +68,25 @@ static void float_tile(const typename Panels::Element* x, int64_t x_stride, cons
         for (int p = 0; p < kPanels; ++p) finish(acc[a][p], r + a, n + 16 * p);
 }
 
+// A tile of `rows` rows, at most kRows.
 template <class Panels, int kPanels, int kRows = kTileRows>
-static void float_rows(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
-                       int64_t steps, int64_t r, int64_t rows, int64_t n, Fetch& next, const Finish& finish) {
-    while (rows >= kRows) {
-        float_tile<Panels, kRows, kPanels>(x, x_stride, w, panel_bytes, steps, r, n, next, finish);
-        x += kRows * x_stride;
-        r += kRows;
-        rows -= kRows;
-    }
+PG_INLINE void float_tile_of(int64_t rows, const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
+                             int64_t steps, int64_t r, int64_t n, Fetch& next, const Finish& finish) {
     if constexpr (kRows > 1)
-        if (rows) float_rows<Panels, kPanels, kRows - 1>(x, x_stride, w, panel_bytes, steps, r, rows, n, next, finish);
+        if (rows < kRows) return float_tile_of<Panels, kPanels, kRows - 1>(rows, x, x_stride, w, panel_bytes, steps, r, n, next, finish);
+    float_tile<Panels, kRows, kPanels>(x, x_stride, w, panel_bytes, steps, r, n, next, finish);
+}
+
+// Tiles are as even as can be: one of a row or two at the end would wait for its own chains of additions.
+template <class Panels, int kPanels>
+static void float_rows(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
+                       int64_t steps, int64_t rows, int64_t n, Fetch& next, const Finish& finish) {
+    int64_t r = 0;
+    for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+        const int64_t now = (rows - r + tiles - 1) / tiles;
+        float_tile_of<Panels, kPanels>(now, x + r * x_stride, x_stride, w, panel_bytes, steps, r, n, next, finish);
+        r += now;
+    }
 }
 
 // All rows against panels [begin, end).
@@ -92,9 +100,9 @@ static void float_panels(const typename Panels::Element* x, int64_t x_stride, co
     for (; p + kTilePanels <= end; p += kTilePanels) {
         const int64_t left = end - p - kTilePanels, ahead = (left < kTilePanels ? left : kTilePanels) * panel_bytes;
         Fetch next = fetch(w + (p + kTilePanels) * panel_bytes, rows > 1 ? ahead : 0, steps * tiles, tiles == 1);
-        float_rows<Panels, kTilePanels>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, 0, rows, p * 16, next, finish);
+        float_rows<Panels, kTilePanels>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, next, finish);
     }
     Fetch nothing{};
     for (; p < end; ++p)
-        float_rows<Panels, 1>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, 0, rows, p * 16, nothing, finish);
+        float_rows<Panels, 1>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, nothing, finish);
 }
