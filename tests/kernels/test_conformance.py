@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagoda.kernels import bench, ops, table
+from pagoda.kernels import bench, logits_ops, ops, table
 from pagoda.kernels.kv import KvPlane
 
 from .cases import CASES, Case
@@ -53,7 +53,7 @@ def test_every_op_has_a_case() -> None:
 def test_every_op_has_reference_native_and_recording() -> None:
     for op in ops.__all__:
         assert {"reference", "cpu", "record"} <= set(table.devices_of(op)), op
-    assert set(table.ops_registered()) == set(ops.__all__)
+    assert set(table.ops_registered()) == {*ops.__all__, *logits_ops.__all__}
 
 
 def test_every_op_has_a_bench_row_that_runs() -> None:

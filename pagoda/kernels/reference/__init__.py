@@ -3,6 +3,6 @@
 Importing the package registers all of them for the device "reference".
 """
 
-from pagoda.kernels.reference import attention, elementwise, linear, sample
+from pagoda.kernels.reference import attention, elementwise, linear, logits, sample
 
-__all__ = ["attention", "elementwise", "linear", "sample"]
+__all__ = ["attention", "elementwise", "linear", "logits", "sample"]

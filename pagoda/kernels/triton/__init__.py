@@ -4,6 +4,17 @@ Operands are torch tensors; activations have the model's type (bfloat16 or float
 cache planes have layouts of their own (`weight`, `plane`). Formulas and shapes are in `pagoda.kernels.ops`.
 """
 
-from pagoda.kernels.triton import activation, attention, embedding, kv_write, linear, norm, pointwise, rope
+from pagoda.kernels.triton import (
+    activation,
+    attention,
+    embedding,
+    kv_write,
+    linear,
+    logits,
+    norm,
+    pointwise,
+    rope,
+    sample,
+)
 
-__all__ = ["activation", "attention", "embedding", "kv_write", "linear", "norm", "pointwise", "rope"]
+__all__ = ["activation", "attention", "embedding", "kv_write", "linear", "logits", "norm", "pointwise", "rope", "sample"]

@@ -1,0 +1,263 @@
+"""One token per row without sorting: thresholds are found by counting and by adding up, in a fixed number of rounds.
+
+What min_p, top_k and top_p keep is always a head of one order, logits descending and ids ascending. Such a head is a threshold,
+and how many of the logits that equal it are kept, lowest ids first:
+
+    kept   logit > threshold, or logit = threshold and among the first `ties` of these
+
+A threshold is searched among the keys of floats, integers in the order of their floats: 16 candidates a round divide
+what is left of 2^32 by 16, so 8 rounds find the largest key at and above which there are enough tokens (top_k) or
+probability (top_p). A block without candidates is passed over. min_p is a bound on one float, and needs no pass at all.
+
+Numbers are those of the CPU: Philox4x32-10 of (seed, position), float64 probabilities and sums. One program has one row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from pagoda.kernels.table import implements
+from pagoda.kernels.triton.launch import check_rows, index, launch
+
+__all__ = ["row_is_finite", "row_logsumexp", "sample"]
+
+Array = Any
+_BLOCK, _WARPS = 1024, 8
+NOWHERE = tl.constexpr(0x7FFFFFFF)
+LOWEST = tl.constexpr(-0x80000000)
+WAYS = tl.constexpr(16)
+
+
+@triton.jit
+def _uniform(seed, position):
+    """The first 53 bits of Philox4x32-10 with key `seed` and counter `position`, as a fraction: float64 in [0, 1)."""
+    key0, key1 = seed & 0xFFFFFFFF, seed >> 32
+    c0, c1 = position & 0xFFFFFFFF, position >> 32
+    c2, c3 = seed & 0, seed & 0
+    for _ in tl.static_range(10):
+        first = c0 * 0xD2511F53
+        second = c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ key0, second & 0xFFFFFFFF, (first >> 32) ^ c3 ^ key1, first & 0xFFFFFFFF
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    bits = (c0 >> 5) * 67108864 + (c1 >> 6)
+    return bits.to(tl.float64) / 9007199254740992.0
+
+
+@triton.jit
+def _key_of(x):
+    """An integer in the order of floats: -0 and 0 are equal, as logits are."""
+    bits = x.to(tl.int32, bitcast=True).to(tl.int64)
+    return tl.where(bits >= 0, bits, LOWEST - bits)
+
+
+@triton.jit
+def _float_of(key):
+    bits = tl.where(key >= 0, key, LOWEST - key)
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(x, best, temperature):
+    """The probability of a logit, up to a common factor that makes the largest 1."""
+    return tl.exp((x.to(tl.float64) - best) / temperature)
+
+
+@triton.jit
+def _load(row, col, width):
+    return tl.load(row + col, mask=col < width, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _best_of(row, width, BLOCK: tl.constexpr):
+    """-> the largest logit, its lowest id, and whether a row holds NaN or +inf."""
+    best = tl.full((), -float("inf"), tl.float32)
+    best_id = tl.full((), 0, tl.int32)
+    is_bad = tl.full((), 0, tl.int32)
+    for start in range(0, index(width), BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = _load(row, col, width)
+        is_bad = tl.maximum(is_bad, tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0))
+        top = tl.max(tl.where(x == x, x, -float("inf")), axis=0)
+        at = tl.min(tl.where(x == top, col, NOWHERE), axis=0)
+        best_id = tl.where(top > best, at, best_id)
+        best = tl.maximum(best, top)
+    return best, best_id, is_bad
+
+
+@triton.jit
+def _lowest_key(best, temperature, min_p, best_key):
+    """The lowest key whose probability is at least `min_p` times the largest."""
+    low = best_key * 0 + LOWEST
+    high = best_key
+    while high - low > 1:
+        middle = (low + high) >> 1
+        x = tl.maximum(_float_of(middle), -3.4028234663852886e38)  # keys below the lowest number are those of NaN
+        if _weight(x, best, temperature) >= min_p:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@triton.jit
+def _search(row, width, low, high, target, best, temperature, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The highest key in [low, high] at and above which the tokens weigh `target`, or `low`; and what weighs more than it.
+
+    A token weighs its probability, or 1 without BY_MASS. Nothing above `high` is counted.
+    """
+    above = target * 0
+    way = 1 + tl.arange(0, WAYS).to(tl.int64)
+    while low < high:
+        step = (high - low) // WAYS + 1
+        threshold = low + way * step
+        sums = tl.zeros((WAYS,), tl.float64)
+        for start in range(0, index(width), BLOCK):
+            x = _load(row, start + tl.arange(0, BLOCK), width)
+            key = _key_of(x)
+            is_candidate = (key > low) & (key <= high)
+            if tl.max(is_candidate.to(tl.int32), axis=0) > 0:
+                one = _weight(x, best, temperature) if BY_MASS else tl.full((BLOCK,), 1.0, tl.float64)
+                one = tl.where(is_candidate, one, 0.0)
+                sums += tl.sum(tl.where(key[None, :] >= threshold[:, None], one[None, :], 0.0), axis=1)
+        sums += above
+        reached = tl.sum(((sums >= target) & (threshold <= high)).to(tl.int64), axis=0)
+        above = tl.sum(tl.where(way == reached + 1, sums, 0.0), axis=0)
+        high = tl.minimum(high, low + (reached + 1) * step - 1)
+        low = low + reached * step
+    return low, above
+
+
+@triton.jit
+def _kept_weight(row, col, width, threshold, ties, ties_before, best, temperature):
+    """-> the weights of what is kept in a block, 0 elsewhere, and how many logits up to its end equal the threshold."""
+    x = _load(row, col, width)
+    key = _key_of(x)
+    is_tie = ((key == threshold) & (col < width)).to(tl.int64)
+    rank = ties_before + tl.cumsum(is_tie, axis=0)
+    is_kept = (key > threshold) | ((is_tie > 0) & (rank <= ties))
+    return tl.where(is_kept & (x > -float("inf")), _weight(x, best, temperature), 0.0), ties_before + tl.sum(is_tie, axis=0)
+
+
+@triton.jit
+def _draw(row, width, threshold, ties, u, best, temperature, BLOCK: tl.constexpr):
+    """The first kept id whose cumulative weight exceeds u times all of it."""
+    total = u * 0
+    seen = threshold * 0
+    for start in range(0, index(width), BLOCK):
+        w, seen = _kept_weight(row, start + tl.arange(0, BLOCK), width, threshold, ties, seen, best, temperature)
+        total += tl.sum(w, axis=0)
+    carry = u * 0
+    seen = threshold * 0
+    found = tl.full((), NOWHERE, tl.int32)
+    last = tl.full((), 0, tl.int32)
+    start = tl.full((), 0, tl.int32)
+    while (found == NOWHERE) & (start < width):
+        col = start + tl.arange(0, BLOCK)
+        w, seen = _kept_weight(row, col, width, threshold, ties, seen, best, temperature)
+        mass = carry + tl.cumsum(w, axis=0)
+        found = tl.min(tl.where((w > 0) & (mass > u * total), col, NOWHERE), axis=0)
+        last = tl.maximum(last, tl.max(tl.where(w > 0, col, 0), axis=0))
+        carry += tl.sum(w, axis=0)
+        start += BLOCK
+    return tl.where(found == NOWHERE, last, found)
+
+
+@triton.jit
+def _sample_kernel(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, out, stride, width, BLOCK: tl.constexpr):
+    number = tl.program_id(0)
+    row = logits + number.to(tl.int64) * stride
+    best_x, best_id, is_bad = _best_of(row, width, BLOCK)
+    temperature = tl.load(temperatures + number).to(tl.float64)
+    if (is_bad > 0) | (best_x == -float("inf")):
+        tl.store(out + number, -1)
+    elif temperature <= 0:
+        tl.store(out + number, best_id)
+    else:
+        best = best_x.to(tl.float64)
+        best_key = _key_of(best_x)
+        threshold = best_key * 0 + LOWEST
+        ties = best_key * 0 + NOWHERE
+        min_p = tl.load(min_ps + number).to(tl.float64)
+        if min_p > 0:
+            threshold = _lowest_key(best, temperature, min_p, best_key)
+        top_k = tl.load(top_ks + number).to(tl.int64)
+        if (top_k > 0) & (top_k < width):
+            threshold, above = _search(row, width, threshold, best_key, top_k.to(tl.float64), best, temperature, False, BLOCK)
+            ties = top_k - above.to(tl.int64)
+        top_p = tl.load(top_ps + number).to(tl.float64)
+        if top_p < 1:
+            total = min_p * 0
+            seen = best_key * 0
+            for start in range(0, index(width), BLOCK):
+                w, seen = _kept_weight(row, start + tl.arange(0, BLOCK), width, threshold, ties, seen, best, temperature)
+                total += tl.sum(w, axis=0)
+            target = top_p * total
+            lowest = threshold
+            threshold, above = _search(row, width, lowest, best_key, target, best, temperature, True, BLOCK)
+            one = _weight(tl.maximum(_float_of(threshold), -3.4028234663852886e38), best, temperature)
+            # As many ties as reach the share; where tokens weigh nothing any number does.
+            wanted = tl.maximum(tl.ceil(tl.minimum((target - above) / tl.maximum(one, 1e-300), 2.0e9)), 1.0).to(tl.int64)
+            ties = tl.where(threshold > lowest, wanted, tl.minimum(wanted, ties))
+        u = _uniform(tl.load(seeds + number).to(tl.uint64, bitcast=True), tl.load(positions + number).to(tl.uint64, bitcast=True))
+        tl.store(out + number, _draw(row, width, threshold, ties, u, best, temperature, BLOCK))
+
+
+@triton.jit
+def _logsumexp_kernel(logits, out, stride, width, BLOCK: tl.constexpr):
+    row = logits + tl.program_id(0).to(tl.int64) * stride
+    top, _, _ = _best_of(row, width, BLOCK)
+    shift = tl.where((top == -float("inf")) | (top == float("inf")), 0.0, top).to(tl.float64)
+    total = shift * 0
+    for start in range(0, index(width), BLOCK):
+        total += tl.sum(tl.exp(_load(row, start + tl.arange(0, BLOCK), width).to(tl.float64) - shift), axis=0)
+    value = tl.where(total == 0, -float("inf"), tl.log(tl.where(total == 0, 1.0, total)) + shift)
+    tl.store(out + tl.program_id(0), value.to(tl.float32))
+
+
+@triton.jit
+def _is_finite_kernel(logits, out, stride, width, BLOCK: tl.constexpr):
+    row = logits + tl.program_id(0).to(tl.int64) * stride
+    top, _, is_bad = _best_of(row, width, BLOCK)
+    tl.store(out + tl.program_id(0), ((is_bad == 0) & (top > -float("inf"))).to(tl.int8))
+
+
+@implements("sample", device="cuda")
+def sample(
+    logits_RV: Array,
+    temperature_R: Array,
+    top_k_R: Array,
+    top_p_R: Array,
+    min_p_R: Array,
+    seed_R: Array,
+    position_R: Array,
+) -> Array:
+    """`seed_R` may be uint64, or int64 with the same bits."""
+    check_rows("sample", logits=logits_RV, temperature=temperature_R, top_k=top_k_R, top_p=top_p_R, min_p=min_p_R,
+               seed=seed_R, position=position_R)  # fmt: skip
+    rows, width = logits_RV.shape
+    out = torch.empty(rows, dtype=torch.int32, device=logits_RV.device)
+    launch(
+        _sample_kernel, (rows,), logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R.view(torch.int64), position_R, out,
+        logits_RV.stride(0), width, BLOCK=_BLOCK, num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@implements("row_logsumexp", device="cuda")
+def row_logsumexp(logits_RV: Array) -> Array:
+    rows, width = logits_RV.shape
+    out = torch.empty(rows, dtype=torch.float32, device=logits_RV.device)
+    launch(_logsumexp_kernel, (rows,), logits_RV, out, logits_RV.stride(0), width, BLOCK=_BLOCK, num_warps=_WARPS)
+    return out
+
+
+@implements("row_is_finite", device="cuda")
+def row_is_finite(logits_RV: Array) -> Array:
+    rows, width = logits_RV.shape
+    out = torch.empty(rows, dtype=torch.int8, device=logits_RV.device)
+    launch(_is_finite_kernel, (rows,), logits_RV, out, logits_RV.stride(0), width, BLOCK=_BLOCK, num_warps=_WARPS)
+    return out.view(torch.bool)
