@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 #include <time.h>
+#include <algorithm>
 #include <string>
 
 #include "ops.h"
@@ -30,6 +31,7 @@ enum Opcode {
 int opcode_of_mark() { return kOp_mark; }
 
 std::string Sequence::load(const pg_instruction* code, int64_t count, const Op* ops, int num_threads) {
+    is_planned_ = false;
     code_.assign(code, code + count);
     calls_.assign(size_t(count), Call{});
     tickets_.reset(new std::atomic<int64_t>[size_t(count) * kMaxPhases]);
@@ -58,19 +60,13 @@ std::string Sequence::load(const pg_instruction* code, int64_t count, const Op* 
 }
 
 std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress) {
-    for (size_t k = 0; k < code_.size(); ++k) {
-        pg_instruction& in = code_[k];
-        int domain = ops[in.opcode].domain;
-        if (rows_of)
-            for (pg_tensor& t : in.t)
-                if (t.symbol != PG_FIXED) t.rows = rows_of[t.symbol];
-        calls_[k].rows = domain < 0 ? 0 : in.t[domain].rows;
-        for (int p = 0; p < kMaxPhases; ++p) tickets_[k * kMaxPhases + size_t(p)].store(0, std::memory_order_relaxed);
-    }
+    for (size_t k = 0; k < code_.size() * kMaxPhases; ++k) tickets_[k].store(0, std::memory_order_relaxed);
     fault_.store(nullptr);
-    ops_ = ops;
     progress_ = progress;
-    plan(ops, pool.size());
+    if (!(is_planned_ && rows_of && ops == ops_ && std::equal(rows_of, rows_of + 4, planned_rows_))) {
+        set_rows(ops, rows_of);
+        plan(ops, pool.size());
+    }
     if (tracing_) {
         num_began_ = stage_end_.size() + 1;
         began_.reset(new std::atomic<int64_t>[num_began_]);
@@ -80,6 +76,20 @@ std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], P
     if (tracing_) began_[num_began_ - 1].store(now_ns());
     const char* fault = fault_.load();
     return fault ? fault : std::string();
+}
+
+void Sequence::set_rows(const Op* ops, const int64_t rows_of[4]) {
+    for (size_t k = 0; k < code_.size(); ++k) {
+        pg_instruction& in = code_[k];
+        int domain = ops[in.opcode].domain;
+        if (rows_of)
+            for (pg_tensor& t : in.t)
+                if (t.symbol != PG_FIXED) t.rows = rows_of[t.symbol];
+        calls_[k].rows = domain < 0 ? 0 : in.t[domain].rows;
+    }
+    ops_ = ops;
+    is_planned_ = rows_of != nullptr;
+    if (rows_of) std::copy(rows_of, rows_of + 4, planned_rows_);
 }
 
 int64_t Sequence::times(int64_t* nanoseconds, int32_t* instructions, int64_t most) const {

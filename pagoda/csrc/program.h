@@ -42,6 +42,7 @@ class Sequence {
         uint32_t instruction, phase;
     };
 
+    void set_rows(const Op* ops, const int64_t rows_of[4]);
     static void job(void* self, int stage, int tid, int num_threads);
     void plan(const Op* ops, int num_threads);
     void step(int stage, int tid, int num_threads);
@@ -49,6 +50,8 @@ class Sequence {
     std::vector<pg_instruction> code_;
     std::vector<Call> calls_;
     std::vector<Item> items_;            // of this run: phases depend on the number of rows
+    int64_t planned_rows_[4] = {0, 0, 0, 0};   // most steps of a server have the rows of the one before
+    bool is_planned_ = false;
     std::vector<uint32_t> stage_end_;    // stage s is items [stage_end[s - 1], stage_end[s])
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
     bool tracing_ = false;

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kStageSpins = 2000;
 constexpr int kIdleSpins = 4000;
+constexpr int kIdleYields = 2000;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -58,7 +59,7 @@ void Pool::work(int tid) {
             leave();
             spins = kStageSpins;
         } else {
-            wait_for_change(seen, spins);
+            wait_for_change(seen, spins, kIdleYields);
             spins = kIdleSpins;
         }
     }
@@ -82,7 +83,7 @@ void Pool::run(Job job, void* context, int num_stages) {
         uint64_t seen;
         while (!enter(&stage, &seen)) {
             if (unpack(seen).stage == num_stages_) return;
-            wait_for_change(seen, kStageSpins);
+            wait_for_change(seen, kStageSpins, 0);
         }
     }
 }
@@ -114,10 +115,15 @@ void Pool::leave() {
     if (to.inside == 0) announce();
 }
 
-void Pool::wait_for_change(uint64_t seen, int spins) {
+void Pool::wait_for_change(uint64_t seen, int spins, int yields) {
     for (int i = 0; i < spins; ++i) {
         if (state_.load(std::memory_order_acquire) != seen) return;
         relax();
+    }
+    for (int i = 0; i < yields; ++i) {   // others may have the core meanwhile
+        if (state_.load(std::memory_order_acquire) != seen) return;
+        std::this_thread::yield();
+        for (int k = 0; k < 8; ++k) relax();
     }
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     uint32_t changes = changes_.load(std::memory_order_seq_cst);

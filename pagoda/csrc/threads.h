@@ -11,7 +11,9 @@
 //     enter()  open                 -> one more inside
 //     leave()  somebody inside      -> one less, closed; the last one out opens the next stage
 //
-// Waiting spins for some microseconds, which is longer than a stage usually lasts, and then sleeps.
+// Waiting spins for some microseconds, which is longer than a stage usually lasts, and then sleeps. Between two runs a thread
+// also offers its core to others for about a millisecond before it sleeps: a server's next step comes sooner than that, and
+// waking a sleeper costs the waker 20 to 50 us.
 #pragma once
 #include <atomic>
 #include <stdint.h>
@@ -44,7 +46,7 @@ class Pool {
     void work(int tid);
     bool enter(uint32_t* stage, uint64_t* seen);
     void leave();
-    void wait_for_change(uint64_t seen, int spins);
+    void wait_for_change(uint64_t seen, int spins, int yields);
     void announce();
 
     int num_threads_;
