@@ -36,7 +36,7 @@ class Variant:
     dequantize: bool = False
 
 
-BF16_KV, F32_KV = {"kv_cache_dtype": "bfloat16"}, {"kv_cache_dtype": "float32"}
+BF16_KV, F32_KV, INT8_KV = ({"kv_cache_dtype": dtype} for dtype in ("bfloat16", "float32", "int8"))
 REFERENCE = Variant("float32", {"dtype": "float32", **F32_KV}, dequantize=True)
 VARIANTS = [
     Variant("bf16 (blocks dequantized)", {"dtype": "bfloat16", **BF16_KV}, dequantize=True),
@@ -44,7 +44,7 @@ VARIANTS = [
         Variant(label, {**options, "linear_activations": activations, **kv})
         for label, options in (("q4_1, table q8_0 (as the file)", {}), ("q8_0 (`--quantization int8`)", {"quantization": "int8"}))
         for activations in ("int16", "int8")
-        for kv in (BF16_KV, F32_KV)
+        for kv in (BF16_KV, F32_KV, INT8_KV)
     ),
 ]
 

@@ -57,7 +57,7 @@ def resolve(config: EngineConfig, hardware: HardwareFacts, facts: ModelFacts) ->
     reasons: list[Reason] = []
     device = _resolve_device(config.device, hardware, reasons)
     model = _resolve_model(config.model, facts, reasons)
-    cache = _resolve_cache(config.cache, model, reasons)
+    cache = _resolve_cache(config.cache, model, facts, reasons)
     scheduler = _resolve_scheduler(config.scheduler, model, facts, reasons)
     return Resolved(EngineConfig(model=model, cache=cache, scheduler=scheduler, device=device), tuple(reasons))
 
@@ -101,7 +101,7 @@ def _resolve_model(config: ModelConfig, facts: ModelFacts, reasons: list[Reason]
     return replace(config, dtype=dtype, max_model_len=length, linear_activations=activations)
 
 
-def _resolve_cache(config: CacheConfig, model: ModelConfig, reasons: list[Reason]) -> CacheConfig:
+def _resolve_cache(config: CacheConfig, model: ModelConfig, facts: ModelFacts, reasons: list[Reason]) -> CacheConfig:
     block_size = config.block_size
     if block_size is None:
         block_size = 16
@@ -114,6 +114,11 @@ def _resolve_cache(config: CacheConfig, model: ModelConfig, reasons: list[Reason
     if dtype == "auto":
         dtype = "float32" if model.dtype == "float32" else "bfloat16"
         reasons.append(Reason("kv_cache_dtype", dtype, f"--dtype is {model.dtype}"))
+    if dtype not in ("float32", "bfloat16", "int8"):
+        hint = "; int8 has as few bytes and needs no hardware for 8-bit floats" if dtype.startswith("fp8") else ""
+        raise ConfigError(f"`--kv-cache-dtype {dtype}` is not one of auto, float32, bfloat16, int8{hint}")
+    if dtype == "int8" and facts.head_dim % 4:
+        raise ConfigError(f"`--kv-cache-dtype int8` needs heads of a multiple of 4, the model's are {facts.head_dim} wide; take bfloat16")
     return replace(config, block_size=block_size, kv_cache_dtype=dtype)
 
 

@@ -40,8 +40,9 @@ static inline const char* rope(const Call& c) {
     return c.i[0] < 1 || c.t[0].cols % c.i[0] ? "rope: head_dim must divide the width" : nullptr;
 }
 static inline const char* cache(const pg_tensor& k, const pg_tensor& v, const int64_t* i) {
-    if (!k.data || !v.data || k.dtype != v.dtype || (k.dtype != PG_F32 && k.dtype != PG_BF16)) return "the cache must be float32 or bfloat16";
+    if (!k.data || !v.data || k.dtype != v.dtype || (k.dtype != PG_F32 && k.dtype != PG_BF16 && k.dtype != PG_U8)) return "the cache must be float32, bfloat16 or bytes";
     if (i[0] < 16 || i[0] % 16 || i[1] < 1 || i[2] < 2 || i[2] % 2 || i[2] > 512 || i[3] < 1) return "the cache's sizes are out of range";
+    if (k.dtype == PG_U8 && i[2] % 4) return "a cache of bytes needs heads of a multiple of 4";
     return nullptr;
 }
 static inline const char* kv_write(const Call& c) {

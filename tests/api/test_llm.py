@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from pagoda import LLM, SamplingParams
+from pagoda.base.config import config_from_kwargs
 from pagoda.base.errors import ConfigError, InvalidRequest
+from pagoda.base.hardware import read_hardware
+from pagoda.base.resolve import resolve
 from tests.api.fakes import FakeEngine
 
 
@@ -135,6 +138,12 @@ def test_progress_bar_counts_prompts_and_tokens() -> None:
 
     llm.generate(["ab", "cd"], SamplingParams(seed=1, max_tokens=None), use_tqdm=bar)
     assert "2/2" in shown.getvalue() and "tok/s" in shown.getvalue()
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("fp8_e4m3", "int8 has as few bytes"), ("int4", "not one of auto, float32, bfloat16, int8")])
+def test_cache_types_a_cpu_has_not_are_refused(dtype: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(config_from_kwargs(kv_cache_dtype=dtype), read_hardware(), make()[1].facts)
 
 
 def test_unknown_arguments_name_the_nearest() -> None:

@@ -76,6 +76,24 @@ def test_batches_budgets_threads(model: Path) -> None:
     same(ask(model, 3, enforce_eager=True), expected)
 
 
+def test_int8_cache(model: Path) -> None:
+    """Neighbours, chunks, threads and prefix hits; as many tokens as bfloat16 holds in not much more than half the bytes."""
+    int8: dict[str, Any] = {"kv_cache_dtype": "int8"}
+    expected = ask(model, enable_prefix_caching=False, **int8)
+    for size, options in ((9, {}), (5, {"max_num_batched_tokens": 17, "max_num_seqs": 16}), (3, {"num_threads": 1}), (3, {"enforce_eager": True})):
+        same(ask(model, size, **options, **int8), expected)
+    local = engine(model, **int8)
+    ids = prompt(local.facts.vocab_size)
+    generate(local, {"first": ids}, PARAMS)
+    hit = generate(local, {"ours": ids, "other": [*ids, 7]}, {"ours": PARAMS, "other": NEIGHBOUR})["ours"]
+    assert hit.num_cached_tokens >= 32
+    same(hit, expected)
+    plain = engine(model, kv_cache_dtype="bfloat16")
+    bytes_per_block = [e.ledger.kv_nbytes / e.ledger.num_blocks for e in (local, plain)]
+    dim = local.facts.head_dim
+    assert bytes_per_block[0] / bytes_per_block[1] == (dim + 4) / (2 * dim)
+
+
 def test_prefix_hit_and_miss(model: Path) -> None:
     expected = ask(model, enable_prefix_caching=False)
     local = engine(model)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from pagoda.kernels import gguf_blocks, ops
-from pagoda.kernels.kv import KvPlane, allocate_kv_plane
+from pagoda.kernels.kv import DTYPES, KvPlane, allocate_kv_plane, read_tokens
 from pagoda.kernels.weight import FORMATS, GgmlRows, Weight, pack, storage_of, width_unit
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -99,12 +99,17 @@ def linear_case(format: str, rows: int, k: int, n: int, extras: str) -> Case:
     return Case("linear", f"{format}-{rows}x{k}x{n}{'-' if extras else ''}{extras}", make, naive_linear)
 
 
+def fill_with_nan(cache: KvPlane) -> None:
+    """Bytes that are NaN as floats: numbers, or the scales of an int8 cache."""
+    cache.k.view(np.uint8)[...] = 255
+    cache.v.view(np.uint8)[...] = 255
+
+
 def filled_cache(rng: np.random.Generator, dtype: str, *, block_size: int, heads: int, dim: int, lens: list[int]) -> tuple[KvPlane, np.ndarray]:
     """A plane with random keys and values for sequences of these lengths, at scattered pages, NaN everywhere else."""
     pages = [-(-n // block_size) for n in lens]
     cache = allocate_kv_plane(dtype=dtype, block_size=block_size, num_blocks=sum(pages) + 2, num_kv_heads=heads, head_dim=dim)
-    cache.k[...] = np.nan
-    cache.v[...] = np.nan
+    fill_with_nan(cache)
     order = rng.permutation(sum(pages) + 2).astype(np.int32)
     table = np.full((len(lens), max(pages) + 1), 0, np.int32)
     for s, n in enumerate(lens):
@@ -113,6 +118,24 @@ def filled_cache(rng: np.random.Generator, dtype: str, *, block_size: int, heads
         slots = table[s, at // block_size].astype(np.int64) * block_size + at % block_size
         ops.kv_write(normal(rng, n, heads * dim), normal(rng, n, heads * dim), cache, slots)
     return cache, table
+
+
+def attention_with_rounded_weights(
+    q: np.ndarray, cache: KvPlane, table: np.ndarray, starts: np.ndarray, lens: np.ndarray, *, scale: float, head_dim: int, window: int, soft_cap: float
+) -> np.ndarray:
+    """Softmax whose numerators are bfloat16 where they meet the values, as they are stored."""
+    rows = []
+    for s, length in enumerate(lens):
+        k_JHD, v_JHD = read_tokens(cache, table[s], int(length))
+        x_QHGD = q[starts[s] : starts[s + 1]].reshape(-1, cache.num_kv_heads, q.shape[1] // head_dim // cache.num_kv_heads, head_dim)
+        scores = np.einsum("qhgd,jhd->qhgj", x_QHGD, k_JHD) * scale
+        scores = soft_cap * np.tanh(scores / soft_cap) if soft_cap else scores
+        at, key = np.arange(length - len(x_QHGD), length)[:, None], np.arange(length)[None, :]
+        seen = (key <= at) & (key > at - (window or length + 1))
+        scores = np.where(seen[:, None, None, :], scores, -np.inf)
+        p = np.exp(scores - scores.max(axis=3, keepdims=True))
+        rows.append((np.einsum("qhgj,jhd->qhgd", bf16(p), v_JHD) / p.sum(axis=3, keepdims=True)).reshape(len(x_QHGD), -1))
+    return np.concatenate(rows)
 
 
 def attention_case(dtype: str, name: str, *, lens: list[int], queries: list[int], heads: int, group: int, dim: int, block_size: int = 16, window: int = 0, cap: float = 0.0) -> Case:
@@ -129,7 +152,8 @@ def attention_case(dtype: str, name: str, *, lens: list[int], queries: list[int]
         with backend("reference"):
             return np.asarray(ops.attention(bf16(q), *args, **kwargs))
 
-    return Case("attention", f"{dtype}-{name}", make, naive if dtype == "bfloat16" else None)
+    naives = {"float32": None, "bfloat16": naive, "int8": attention_with_rounded_weights}
+    return Case("attention", f"{dtype}-{name}", make, naives[dtype])
 
 
 def rope_table(positions: int, width: int) -> np.ndarray:
@@ -182,7 +206,7 @@ def _cases() -> list[Case]:
     cases.append(Case("empty_like_rows", "wider", lambda rng: ((normal(rng, 4, 5), 9), {})))
     for vocab in (5, 300, 5000):
         cases.append(Case("sample", f"vocab{vocab}", lambda rng, v=vocab: (sample_inputs(rng, 60, v), {}), exact=True))
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         mixed = {"lens": [70, 1, 33, 130], "queries": [1, 1, 33, 70], "heads": 2, "group": 3, "dim": 64}
         cases += [
             Case("kv_write", dtype, lambda rng, d=dtype: (_kv_write_arguments(rng, d), {}), exact=True),
@@ -190,6 +214,9 @@ def _cases() -> list[Case]:
             attention_case(dtype, "window", **mixed, window=20),
             attention_case(dtype, "cap", **mixed, cap=5.0),
             attention_case(dtype, "tiny-heads", lens=[40, 9], queries=[40, 2], heads=4, group=2, dim=8, block_size=32),
+            attention_case(dtype, "long", lens=[700, 1300, 513, 30], queries=[1, 2, 40, 30], heads=2, group=3, dim=16),
+            attention_case(dtype, "long-one", lens=[1500], queries=[1], heads=3, group=3, dim=64),
+            attention_case(dtype, "long-window", lens=[1400, 700], queries=[1, 90], heads=2, group=2, dim=32, window=600),
             attention_case(dtype, "dim80", lens=[50, 9], queries=[3, 9], heads=1, group=5, dim=80),
             attention_case(dtype, "dim256", lens=[65], queries=[4], heads=1, group=2, dim=256, window=40, cap=20.0),
         ]
@@ -204,6 +231,7 @@ def _odd_rows(rng: np.random.Generator) -> np.ndarray:
 
 def _kv_write_arguments(rng: np.random.Generator, dtype: str) -> tuple[Any, ...]:
     cache = allocate_kv_plane(dtype=dtype, block_size=32, num_blocks=4, num_kv_heads=2, head_dim=20)
+    cache.k.view(np.uint8)[...] = cache.v.view(np.uint8)[...] = 7
     slots = rng.permutation(128)[:25]
     slots[[3, 9]] = -1
     return normal(rng, 25, 40), normal(rng, 25, 40), cache, slots

@@ -9,10 +9,10 @@ import pytest
 
 from pagoda.kernels import ops
 from pagoda.kernels.cpu import library
-from pagoda.kernels.kv import allocate_kv_plane
+from pagoda.kernels.kv import DTYPES, allocate_kv_plane
 from pagoda.kernels.weight import FORMATS
 
-from .cases import normal, rope_table, sample_inputs, weight, width_for
+from .cases import fill_with_nan, normal, rope_table, sample_inputs, weight, width_for
 
 BATCHES = (1, 2, 5, 9, 33, 65)
 
@@ -60,7 +60,7 @@ def test_sample(threads: int) -> None:
         np.testing.assert_array_equal(ops.sample(*(c[:rows] for c in columns)), whole[:rows])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (37, 0.0), (50, 8.0)])
 def test_attention_in_any_chunks(dtype: str, window: int, cap: float, threads: int) -> None:
     heads, group, dim, length = 2, 3, 24, 150
@@ -70,8 +70,7 @@ def test_attention_in_any_chunks(dtype: str, window: int, cap: float, threads: i
     def decode(chunks: list[int], block_size: int, neighbours: int) -> np.ndarray:
         """The sequence computed in these chunks, among neighbours with keys of their own; garbage in unused pages."""
         cache = allocate_kv_plane(dtype=dtype, block_size=block_size, num_blocks=40, num_kv_heads=heads, head_dim=dim)
-        cache.k[...] = np.nan
-        cache.v[...] = np.nan
+        fill_with_nan(cache)
         pages = np.random.default_rng(block_size).permutation(40)[: -(-length // block_size)].astype(np.int32)
         table = np.zeros((1 + neighbours, len(pages)), np.int32)
         table[-1] = pages
@@ -100,3 +99,33 @@ def test_attention_in_any_chunks(dtype: str, window: int, cap: float, threads: i
     np.testing.assert_array_equal(decode([1] * length, 16, 0), whole)
     np.testing.assert_array_equal(decode([64, 17, 16, 53], 32, 3), whole)
     np.testing.assert_array_equal(decode([100] + [1] * 50, 64, 1), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 700])
+def test_parts_of_a_long_context(dtype: str, window: int, threads: int) -> None:
+    """One query shared out among threads gives the bits of the same query in a long chunk, and beside many others."""
+    heads, group, dim, length = 2, 2, 16, 1700
+    rng = np.random.default_rng(8)
+    cache = allocate_kv_plane(dtype=dtype, block_size=16, num_blocks=120, num_kv_heads=heads, head_dim=dim)
+    fill_with_nan(cache)
+    table = np.random.default_rng(9).permutation(120)[:107].astype(np.int32)
+    at = np.arange(length)
+    ops.kv_write(normal(rng, length, heads * dim), normal(rng, length, heads * dim), cache, table[at // 16].astype(np.int64) * 16 + at % 16)
+    q = normal(rng, length, heads * group * dim) * 6  # sharp: the largest score often changes
+
+    def ask(chunks: list[tuple[int, int]]) -> np.ndarray:
+        """Queries [first, stop) of the sequence, each chunk as a sequence of its own over the same pages."""
+        rows = np.concatenate([q[a:z] for a, z in chunks])
+        starts = np.cumsum([0, *(z - a for a, z in chunks)]).astype(np.int32)
+        lens = np.array([z for _, z in chunks], np.int32)
+        tables = np.tile(table, (len(chunks), 1))
+        return ops.attention(rows, cache, tables, starts, lens, scale=0.25, head_dim=dim, window=window)
+
+    picked = [3, 511, 512, 600, 1023, 1024, 1300, 1536, 1699]
+    whole = ask([(0, length)])
+    assert np.isfinite(whole).all()
+    alone = np.concatenate([ask([(i, i + 1)]) for i in picked])
+    np.testing.assert_array_equal(alone, whole[picked])
+    np.testing.assert_array_equal(ask([(i, i + 1) for i in picked]), whole[picked])
+    np.testing.assert_array_equal(ask([(1690, 1700), (500, 530)]), np.concatenate([whole[1690:1700], whole[500:530]]))

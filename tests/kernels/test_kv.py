@@ -9,6 +9,7 @@ import pytest
 
 from pagoda.kernels import ops
 from pagoda.kernels.kv import (
+    DTYPES,
     KvPlane,
     allocate_kv_plane,
     bytes_per_block,
@@ -33,17 +34,22 @@ def fill(cache: KvPlane, tokens: int, table: list[int]) -> tuple[np.ndarray, np.
     return k.reshape(-1, 2, 12), v.reshape(-1, 2, 12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def eight_bits(x_THD: np.ndarray) -> np.ndarray:
+    step = np.abs(x_THD).max(axis=2, keepdims=True) / np.float32(127)
+    return np.rint(x_THD / step) * step
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_come_back(dtype: str) -> None:
     cache = plane(dtype)
     k, v = fill(cache, 70, [4, 0, 2])
     got_k, got_v = read_tokens(cache, np.array([4, 0, 2]), 70)
-    rounded = (lambda x: x) if dtype == "float32" else bf16
+    rounded = {"float32": lambda x: x, "bfloat16": bf16, "int8": eight_bits}[dtype]
     np.testing.assert_array_equal(got_k, rounded(k))
     np.testing.assert_array_equal(got_v, rounded(v))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_pages_can_be_copied_and_carried(dtype: str) -> None:
     cache, other = plane(dtype), plane(dtype)
     fill(cache, 64, [1, 3])
@@ -56,8 +62,24 @@ def test_pages_can_be_copied_and_carried(dtype: str) -> None:
         write_blocks(other, np.array([0]), b"123")
 
 
+def test_int8_rows_of_any_size(isa: str) -> None:
+    """Zeros, tiny rows and huge ones have a scale; what is not finite has none, and shows in the answer."""
+    cache = plane("int8")
+    x = normal(np.random.default_rng(3), 6, 24)
+    x[0], x[1], x[2] = 0, x[1] * 1e-35, x[2] * 1e30
+    x[3, 5], x[4, 17] = np.nan, -np.inf
+    ops.kv_write(x, x, cache, np.arange(6))
+    for got in read_tokens(cache, np.array([0]), 6):
+        heads = x.reshape(6, 2, 12)
+        np.testing.assert_array_equal(got[:2], 0)
+        for t in (2, 5):
+            np.testing.assert_allclose(got[t], heads[t], atol=0.51 * np.abs(heads[t]).max() / 127)
+        assert np.isnan(got[3, 0]).all() and np.isfinite(got[3, 1]).all()
+        assert np.isnan(got[4, 1]).all() and np.isfinite(got[4, 0]).all()
+
+
 def test_bytes_per_block_is_what_is_allocated() -> None:
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         one = bytes_per_block(dtype=dtype, block_size=32, num_kv_heads=2, head_dim=12)
         assert one * 6 == plane(dtype).nbytes
 

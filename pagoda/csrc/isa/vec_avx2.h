@@ -40,6 +40,10 @@ PG_INLINE f32x16 select_lt(f32x16 x, f32x16 y, f32x16 yes, f32x16 no) {
     return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
             _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
 }
+PG_INLINE bool any_above(f32x16 v, float x) {
+    const __m256 least = _mm256_set1_ps(x);
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.a, least, _CMP_GT_OQ), _mm256_cmp_ps(v.b, least, _CMP_GT_OQ))) != 0;
+}
 PG_INLINE f32x16 keep_lanes(f32x16 v, int64_t lo, int64_t hi, f32x16 other) {
     lo = lo < 0 ? 0 : lo > 16 ? 16 : lo;
     hi = hi < 0 ? 0 : hi > 16 ? 16 : hi;

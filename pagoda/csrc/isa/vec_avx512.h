@@ -34,6 +34,11 @@ PG_INLINE f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
 PG_INLINE f32x16 select_lt(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
+#define PG_HAS_POWER   // else kernels/math.h has one
+// x - floor(x), and p * 2^floor(x); infinities and what lies below the smallest numbers included.
+PG_INLINE f32x16 fraction(f32x16 x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+PG_INLINE f32x16 times_power(f32x16 p, f32x16 x) { return _mm512_scalef_ps(p, x); }
+PG_INLINE bool any_above(f32x16 v, float x) { return _mm512_cmp_ps_mask(v, set1(x), _CMP_GT_OQ) != 0; }
 // Lanes lo <= i < hi of v, `other` elsewhere; lo and hi may lie outside 0..16.
 PG_INLINE f32x16 keep_lanes(f32x16 v, int64_t lo, int64_t hi, f32x16 other) {
     lo = lo < 0 ? 0 : lo > 16 ? 16 : lo;
@@ -93,6 +98,7 @@ PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) { return _mm512_add_epi
 #if defined(__AVX512BF16__)
 #define PG_HAS_STORE_BF16   // else kernels/math.h has one
 PG_INLINE void store_bf16(uint16_t* p, f32x16 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+PG_INLINE u8x64 pack_bf16(f32x16 a, f32x16 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }   // a below b
 #endif
 
 // acc + the four products of unsigned bytes of a with signed bytes of b, per lane.

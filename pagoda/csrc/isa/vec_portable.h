@@ -50,6 +50,11 @@ PG_INLINE f32x16 min(f32x16 a, f32x16 b) { PG_EACH(f32x16, blend((i32x4)(a.v[k] 
 PG_INLINE f32x16 select_lt(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
     PG_EACH(f32x16, blend((i32x4)(a.v[k] < b.v[k]), yes.v[k], no.v[k]));
 }
+PG_INLINE bool any_above(f32x16 v, float x) {
+    const f32x4 least = splat(x);
+    const i32x4 found = (v.v[0] > least) | (v.v[1] > least) | (v.v[2] > least) | (v.v[3] > least);
+    return (found[0] | found[1] | found[2] | found[3]) != 0;
+}
 PG_INLINE f32x16 keep_lanes(f32x16 v, int64_t lo, int64_t hi, f32x16 other) {
     float t[16], o[16];
     store(t, v);

@@ -16,6 +16,7 @@ struct SimpleOp {
 #include "kernels/linear.h"
 #include "kernels/embedding.h"
 #include "kernels/kv.h"
+#include "kernels/attention_kinds.h"
 #include "kernels/attention.h"
 #include "kernels/rows.h"
 #include "kernels/sample.h"

@@ -4,317 +4,490 @@
 // m % G of the group of G. A task is some consecutive rows of one (sequence, key-value head); they share each read of
 // K and V. Keys are walked in tiles of 64 at absolute positions 0, 64, 128, ... with an online softmax:
 //
-//     s = (scale * q).k, capped, -inf where not seen;   m' = max(m, s);   p = exp(s - m')
-//     l = l * exp(m - m') + p  (16 lanes);              o = o * exp(m - m') + p v,  key after key
+//     s = (scale * q).k - m, -inf where not seen;   p = exp(s)
+//     l = l + p  (16 lanes);                        o = o + p v,  key after key
 //
-// With a bfloat16 cache q and p are bfloat16 too and both products are dot instructions: values lie in pairs of keys, as
-// keys lie in pairs of d. The weights that are summed in l are the rounded ones.
+// where m is the largest score of the first tile, raised only when a score is above it by more than 8: until then the numbers
+// are as good, and raising costs a pass over o. The sum that makes a score begins with -m, unless scores are capped. At absolute positions 512, 1024, ... a row starts afresh, and its parts are
+// merged from the first to the last, whoever computed them: so a long context can be shared out among threads.
+//
 // A row's numbers depend on its own keys only: a key it does not see adds p = 0, a tile it does not see leaves m, l
 // and o as they are, bit for bit. So prefill, chunks and decode agree. Keys outside the rows' range are not read, for
 // they may belong to nobody.
 #pragma once
 
-// exp(x) for x <= 0 to about 5e-5, an eighth of what rounding to bfloat16 then loses; 0 below -87.
-PG_INLINE f32x16 vexp_short(f32x16 x) {
-    const f32x16 magic = set1(12582912.0f);   // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    f32x16 shifted = fma(max(x, set1(-87.0f)), set1(1.44269504088896341f), magic);
-    f32x16 r = fma(sub(shifted, magic), set1(-0.693147180559945f), max(x, set1(-87.0f)));
-    f32x16 p = fma(fma(fma(fma(set1(0.0416666667f), r, set1(0.166666667f)), r, set1(0.5f)), r, set1(1.0f)), r, set1(1.0f));
-    f32x16 y = unbits(iadd(bits(p), shift_left<23>(bits(shifted))));
-    return select_lt(x, set1(-87.0f), zero(), y);
-}
-
-// What depends on the type of the cache. `w` are the weights of a row of queries, as the product with values reads them.
-struct F32Cache {
-    using Panels = F32Panels;
-    using Element = float;
-    static constexpr int kPair = 1;
-    PG_INLINE f32x16 weights(f32x16 x, float* w) {
-        f32x16 p = vexp(x);
-        store(w, p);
-        return p;
+struct AttentionSizes {
+    static constexpr int64_t kRows = 48, kKeys = 64, kGroups = kKeys / 16, kPart = 512;
+    // A row's state is [o: dim, padded][l: 16][m, is_used, unused: 16].
+    static int64_t state_floats(int64_t dim) { return round_up(dim, 16) + 32; }
+    static int64_t thread_bytes(int64_t dim) {
+        const int64_t rows = kRows * (round_up(4 * dim + 16, 64) + 2 * state_floats(dim) * 4 + 32);
+        return round_up(rows + 2 * kTileRows * kKeys * 4 + kKeys * round_up(dim, 16) * 2 + 2 * kKeys * 4, 64);
     }
-    PG_INLINE f32x16 load_values(const float* v, int64_t n) { return load_some(v, n); }
-    PG_INLINE f32x16 weigh(f32x16 acc, f32x16 v, const float* w) { return fma(set1(*w), v, acc); }
+    // Rows of parts that other threads merge: as many as one sequence of the longest context has, or more on many threads.
+    static int64_t shared_rows(const Call& c, int num_threads) {
+        return 64 * num_threads + c.t[0].cols / c.i[2] * (c.t[3].cols * c.i[0] / kPart + 1);
+    }
 };
 
-struct Bf16Cache {
-    using Panels = Bf16Panels;
-    using Element = uint16_t;
-    static constexpr int kPair = 2;
-    PG_INLINE f32x16 weights(f32x16 x, uint16_t* w) {
-        store_bf16(w, vexp_short(x));
-        return load_bf16(w);
+// Who does what: computed alike by every thread. A sequence of few rows and a long context is one task per (part, head), whose
+// states are merged in a second phase; any other is one task per (head, tile of rows).
+struct AttentionWork : AttentionSizes {
+    struct Sequence {
+        int64_t index, start, queries, keys, tiles, first_part, parts, shared_row, before, tasks;   // parts 0: not shared out
+    };
+
+    const Call& c;
+    const int64_t heads, group, window;
+    const int32_t *starts, *lens;
+    int64_t per, share, room, index = -1, before = 0, used = 0;
+    Sequence at{};
+
+    AttentionWork(const Call& call, int num_threads)
+        : c(call), heads(call.i[1]), group(call.t[0].cols / (call.i[1] * call.i[2])), window(call.i[4]),
+          starts(static_cast<const int32_t*>(call.t[4].data)), lens(static_cast<const int32_t*>(call.t[5].data)),
+          room(num_threads > 1 ? shared_rows(call, num_threads) : 0) {
+        const int64_t most = group < kRows ? kRows / group * group : kRows, least = group < kRows ? group : kRows;
+        const int64_t rows = c.rows * group * heads / (num_threads * 4) / group * group;
+        per = rows < least ? least : rows > most ? most : rows;
+        int64_t total = 0;
+        for (int64_t s = 0; s < c.t[5].rows; ++s)
+            if (is_right(s)) total += ((starts[s + 1] - starts[s]) * group + per - 1) / per * heads * lens[s];
+        share = total / (num_threads * 4);
     }
-    PG_INLINE u8x64 load_values(const uint16_t* v, int64_t n) {   // [dim][2]
-        if (n == 16) return load_bytes(v);
-        uint16_t t[32] = {};
-        for (int64_t i = 0; i < 2 * n; ++i) t[i] = v[i];
-        return load_bytes(t);
+
+    bool is_right(int64_t s) const {
+        return starts[s] >= 0 && starts[s] <= starts[s + 1] && starts[s + 1] <= c.t[0].rows && lens[s] >= starts[s + 1] - starts[s];
     }
-    PG_INLINE f32x16 weigh(f32x16 acc, u8x64 v, const uint16_t* w) { return dot_bf16(acc, v, w); }
+
+    // Moves to the next sequence; false after the last one.
+    bool advance() {
+        before += at.tasks;
+        at = {};
+        if (++index >= c.t[5].rows) return false;
+        at.index = index;
+        at.before = before;
+        if (!is_right(index)) {
+            report(c, "attention: a sequence has fewer keys than queries, or queries outside the batch");
+            return true;
+        }
+        at.start = starts[index];
+        at.queries = starts[index + 1] - starts[index];
+        at.keys = lens[index];
+        at.tiles = (at.queries * group + per - 1) / per;
+        at.tasks = at.tiles * heads;
+        const int64_t low = at.keys - at.queries + 1 - window, parts = (at.keys - 1) / kPart + 1;
+        const int64_t first = window > 0 && low > 0 ? low / kPart : 0, rows = at.queries * group * heads * (parts - first);
+        if (at.tiles == 1 && parts - first > 1 && at.keys > share && used + rows <= room) {
+            at.first_part = first;
+            at.parts = parts - first;
+            at.tasks = at.parts * heads;
+            at.shared_row = used;
+            used += rows;
+        }
+        return true;
+    }
+
+    // Moves on to the sequence of a task; tasks are asked for in growing order. False when there are no more.
+    bool find(int64_t task) {
+        while (index < 0 || (index < c.t[5].rows && task >= before + at.tasks))
+            if (!advance()) return false;
+        return index < c.t[5].rows;
+    }
 };
 
 template <class Kind>
-struct Attention {
-    using Panels = typename Kind::Panels;
+struct Attention : AttentionSizes {
     using Element = typename Kind::Element;
     static constexpr int kPair = Kind::kPair;
-    static constexpr int kRows = 24, kKeys = 64, kGroups = kKeys / 16;
+    static constexpr float kSlack = 8.0f;
 
     const Call& c;
     const Cache cache;
-    const int64_t group, window;
+    const int64_t dim, wide, group, window, q_bytes, state_size;
     const float scale, cap;
+    float* const shared;   // states that another task merges
 
     // Scratch of one thread.
-    Element *q, *w;                // [kRows][dim] scaled queries, [kRows][64] weights, in the cache's type
-    float *o, *s, *l, *m;          // [kRows][dim], [kRows][64], [kRows][16], [kRows]
-    int64_t *from, *to;            // [kRows] keys a row sees
-    const char* keys[kGroups];     // of the current tile
+    char* q;            // [kRows] queries, as the kind keeps them
+    float *now, *total; // [kRows] states: of this part, and of the parts before it
+    float* s;           // [kTileRows][64] scores
+    Element* w;         // [kTileRows][64] weights
+    uint16_t* unpacked; // [64][dim] values of the tile, in pairs of keys
+    float* scales;      // [4][2][16] of the tile's values, and their inverses
+    int64_t *from, *to; // [kRows] keys a row sees
+    float *start, *limit, *none;   // [kRows] -m; the s above which m is raised; zeros
+    const char* keys[kGroups];   // of the current tile
     const Element* values[kGroups];
     // Of the tile after it, if there is one. It is asked for line by line while this one is worked on: pages lie anywhere,
     // so the hardware cannot guess them.
     bool fetch = false;
-    const char* next_keys[kGroups];
-    const Element* next_values[kGroups];
+    const char *next_keys[kGroups], *next_values[kGroups];
 
-    static int64_t thread_bytes(int64_t dim) { return round_up(kRows * (dim * 8 + kKeys * 8 + 64 + 4 + 16), 64); }
-
-    Attention(const Call& call, int tid)
-        : c(call), cache(Cache::of(&call.t[1], &call.t[2], call.i)), group(call.t[0].cols / (cache.heads * cache.dim)),
-          window(call.i[4]), scale(float(call.f[0])), cap(float(call.f[1])) {
-        char* p = call.scratch + tid * thread_bytes(cache.dim);
-        o = (float*)p;
-        s = o + kRows * cache.dim;
-        l = s + kRows * kKeys;
-        from = (int64_t*)(l + kRows * 16);
+    Attention(const Call& call, int tid, int num_threads)
+        : c(call), cache(Cache::of(&call.t[1], &call.t[2], call.i)), dim(cache.dim), wide(round_up(dim, 16)),
+          group(call.t[0].cols / (cache.heads * dim)), window(call.i[4]), q_bytes(round_up(Kind::query_bytes(dim), 64)),
+          state_size(state_floats(dim)), scale(float(call.f[0]) * Kind::kUnit), cap(float(call.f[1]) * Kind::kUnit),
+          shared((float*)(call.scratch + num_threads * thread_bytes(dim))) {
+        char* p = call.scratch + tid * thread_bytes(dim);
+        now = (float*)p;
+        total = now + kRows * state_size;
+        s = total + kRows * state_size;
+        w = (Element*)(s + kTileRows * kKeys);
+        unpacked = (uint16_t*)(w + kTileRows * kKeys);
+        scales = (float*)(unpacked + kKeys * wide);
+        from = (int64_t*)(scales + 2 * kKeys);
         to = from + kRows;
-        m = (float*)(to + kRows);
-        w = (Element*)(m + kRows);
-        q = w + kRows * kKeys;
+        start = (float*)(to + kRows);
+        limit = start + kRows;
+        none = limit + kRows;
+        memset(none, 0, kRows * 4);
+        q = (char*)(none + round_up(kRows, 16));
     }
 
-    void run(int num_threads) {
-        const int32_t *starts = static_cast<const int32_t*>(c.t[4].data), *lens = static_cast<const int32_t*>(c.t[5].data);
-        const int64_t all_rows = c.rows * group * cache.heads, share = all_rows / (num_threads * 4);
-        const int64_t per = share < 1 ? 1 : share > kRows ? kRows : share;
-        int64_t next, end, before = 0, sequence = 0;   // tickets only grow, so one walk over the sequences serves all
-        while (take(c, INT64_MAX / 2, 1, &next, &end)) {
-            for (; sequence < c.t[5].rows; ++sequence) {
-                int64_t rows = (starts[sequence + 1] - starts[sequence]) * group;
-                int64_t tasks = rows <= 0 ? 0 : cache.heads * ((rows + per - 1) / per);
-                if (next < before + tasks) break;
-                before += tasks;
+    void run(int phase, int num_threads) {
+        AttentionWork work(c, num_threads);
+        int64_t next, end;
+        if (phase == 0) {
+            while (take(c, INT64_MAX / 2, 1, &next, &end)) {
+                if (!work.find(next)) return;
+                task(work, next - work.before);
             }
-            if (sequence == c.t[5].rows) return;
-            int64_t queries = starts[sequence + 1] - starts[sequence], tiles = (queries * group + per - 1) / per;
-            int64_t head = (next - before) / tiles, first = (next - before) % tiles * per;
-            if (lens[sequence] < queries || starts[sequence] < 0 || starts[sequence + 1] > c.t[0].rows) {
-                report(c, "attention: a sequence has fewer keys than queries, or queries outside the batch");
-                continue;
-            }
-            int64_t rows = queries * group - first < per ? queries * group - first : per;
-            task(sequence, head, starts[sequence], lens[sequence] - queries, first, int(rows));
+            return;
         }
+        take(c, INT64_MAX / 2, 1, &next, &end);
+        for (int64_t count = 0; work.advance();)   // tasks are the heads of sequences that were shared out
+            for (int64_t head = 0; work.at.parts && head < cache.heads; ++head, ++count)
+                if (next == count) {
+                    merge_shared(work.at, head);
+                    take(c, INT64_MAX / 2, 1, &next, &end);
+                }
     }
 
+    const float* query_of(int64_t head, int64_t start, int64_t r) const {
+        return row<float>(c.t[0], start + r / group) + (head * group + r % group) * dim;
+    }
     float* out_of(int64_t head, int64_t start, int64_t r) const {
-        return row<float>(c.t[6], start + r / group) + (head * group + r % group) * cache.dim;
+        return row<float>(c.t[6], start + r / group) + (head * group + r % group) * dim;
     }
 
-    void task(int64_t sequence, int64_t head, int64_t start, int64_t position, int64_t first, int rows) {
-        const int64_t dim = cache.dim;
+    // The state of a row in a part: [parts][heads][rows].
+    float* shared_state(const AttentionWork::Sequence& at, int64_t head, int64_t part, int64_t r) const {
+        return shared + (at.shared_row + (part * cache.heads + head) * at.queries * group + r) * state_size;
+    }
+
+    void task(const AttentionWork& work, int64_t n) {
+        const AttentionWork::Sequence& at = work.at;
+        const int64_t tiles = at.parts ? at.parts : at.tiles, head = n / tiles, tile = tiles - 1 - n % tiles;
+        const int64_t first = at.parts ? 0 : tile * work.per, left = at.queries * group - first;
+        const int rows = int(left < work.per ? left : work.per);
         int64_t low = INT64_MAX, high = 0;
         for (int a = 0; a < rows; ++a) {
-            int64_t r = first + a;
-            load_query(row<float>(c.t[0], start + r / group) + (head * group + r % group) * dim, q + a * dim);
-            to[a] = position + r / group + 1;
+            const int64_t r = first + a;
+            Kind::load_query(query_of(head, at.start, r), scale, dim, q + a * q_bytes);
+            if (a + 6 < rows)
+                for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(query_of(head, at.start, r + 6) + d);
+            to[a] = at.keys - at.queries + r / group + 1;
             from[a] = window > 0 && to[a] > window ? to[a] - window : 0;
             low = from[a] < low ? from[a] : low;
             high = to[a] > high ? to[a] : high;
-            m[a] = -1e30f;
-            store(l + 16 * a, zero());
-            memset(o + a * dim, 0, size_t(dim) * 4);
         }
-        for (int64_t base = low / kKeys * kKeys; base < high; base += kKeys) {
-            int64_t begin = low > base ? low - base : 0, stop = high - base < kKeys ? high - base : kKeys;
-            if (!find_pages(sequence, head, base, begin / 16, (stop + 15) / 16)) return;
-            find_next(sequence, head, base + kKeys, high);
-            scores(rows, int(begin / 16), int((stop + 15) / 16));
-            for (int a = 0; a < rows; ++a) soften(a, base, int(begin / 16), int((stop + 15) / 16));
-            weigh(rows, begin, stop);
-        }
-        for (int a = 0; a < rows; ++a) {
-            float total = reduce_add(load(l + 16 * a));
-            f32x16 inverse = set1(total == 0.0f ? 0.0f : 1.0f / total);
-            float* y = out_of(head, start, first + a);
-            int64_t d = 0;
-            for (; d + 16 <= dim; d += 16) store(y + d, mul(load(o + a * dim + d), inverse));
-            if (d < dim) store_n(y + d, mul(load_n(o + a * dim + d, dim - d), inverse), dim - d);
-        }
-    }
-
-    void load_query(const float* x, float* y) {
-        for (int64_t d = 0; d < cache.dim; ++d) y[d] = scale * x[d];
-    }
-    void load_query(const float* x, uint16_t* y) {
-        for (int64_t d = 0; d < cache.dim; ++d) y[d] = to_bf16(scale * x[d]);
-    }
-
-    bool find_pages(int64_t sequence, int64_t head, int64_t base, int64_t begin, int64_t end) {
-        const int32_t* table = row<int32_t>(c.t[3], sequence);
-        for (int64_t g = begin; g < end; ++g) {
-            int64_t key = base + 16 * g, at = key / cache.block_size, block = at < c.t[3].cols ? table[at] : -1;
-            if (block < 0 || block >= cache.blocks) {
-                report(c, "attention: a block table entry is outside the cache");
-                return false;
+        const int64_t first_part = at.parts ? at.first_part + tile : low / kPart, last_part = at.parts ? first_part : (high - 1) / kPart;
+        for (int a = 0; first_part < last_part && a < rows; ++a) clear(total + a * state_size);
+        for (int64_t part = first_part; part <= last_part; ++part) {
+            const int64_t begin = part * kPart > low ? part * kPart : low, stop = (part + 1) * kPart < high ? (part + 1) * kPart : high;
+            for (int a = 0; a < rows; ++a) {
+                clear(now + a * state_size);
+                start[a] = 0.0f;
+                limit[a] = -INFINITY;
             }
-            int64_t element = cache.row_at(block, head, key % cache.block_size);   // a group of 16: where pairs begin, too
-            keys[g] = (const char*)(static_cast<const Element*>(cache.k->data) + element);
-            values[g] = static_cast<const Element*>(cache.v->data) + element;
+            if (!walk(at, head, rows, begin, stop, part < last_part ? high : stop)) return;
+            for (int a = 0; a < rows; ++a) {
+                float* state = now + a * state_size;
+                state[wide + 17] = from[a] < stop && to[a] > begin ? 1.0f : 0.0f;
+                if (at.parts) memcpy(shared_state(at, head, tile, a), state, size_t(state_size) * 4);
+                else if (first_part < last_part) merge(total + a * state_size, state);
+            }
+        }
+        if (at.parts == 0)
+            for (int a = 0; a < rows; ++a) finish((first_part < last_part ? total : now) + a * state_size, out_of(head, at.start, first + a));
+    }
+
+    void merge_shared(const AttentionWork::Sequence& at, int64_t head) {
+        for (int64_t r = 0; r < at.queries * group; ++r) {
+            clear(total);
+            for (int64_t part = 0; part < at.parts; ++part) merge(total, shared_state(at, head, part, r));
+            finish(total, out_of(head, at.start, r));
+        }
+    }
+
+    void clear(float* state) const {
+        memset(state, 0, size_t(state_size) * 4);
+    }
+
+    // total = total and part, taken together. A part that the row does not see changes nothing; the first one is copied.
+    void merge(float* total, const float* part) const {
+        if (part[wide + 17] == 0.0f) return;
+        if (total[wide + 17] == 0.0f) {
+            memcpy(total, part, size_t(state_size) * 4);
+            return;
+        }
+        const float a = total[wide + 16], b = part[wide + 16], top = a > b ? a : b;
+        const f32x16 keep = Kind::shrink(set1(a - top)), join = Kind::shrink(set1(b - top));
+        for (int64_t d = 0; d < wide + 16; d += 16) store(total + d, fma(load(total + d), keep, mul(load(part + d), join)));
+        total[wide + 16] = top;
+    }
+
+    void finish(const float* state, float* y) const {
+        const float sum = reduce_add(load(state + wide));
+        const f32x16 inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
+        int64_t d = 0;
+        for (; d + 16 <= dim; d += 16) store(y + d, mul(load(state + d), inverse));
+        if (d < dim) store_n(y + d, mul(load(state + d), inverse), dim - d);
+    }
+
+    // Keys [low, high) for all rows; `after` is where the keys end that follow.
+    bool walk(const AttentionWork::Sequence& at, int64_t head, int rows, int64_t low, int64_t high, int64_t after) {
+        for (int64_t base = low / kKeys * kKeys; base < high; base += kKeys) {
+            const int64_t begin = low > base ? low - base : 0, stop = high - base < kKeys ? high - base : kKeys;
+            const int first = int(begin / 16), last = int((stop + 15) / 16);
+            if (!find_pages(at.index, head, base, first, last)) return false;
+            find_next(at.index, head, base + kKeys, after);
+            if constexpr (Kind::kUnpacks) unpack(first, last);
+            tile(rows, base, begin, stop);
+        }
+        return true;
+    }
+
+    // The pages of groups [first, last) of the tile at `base`, as byte offsets. False when one is outside the cache.
+    bool find_groups(int64_t sequence, int64_t head, int64_t base, int first, int last, int64_t* bytes) const {
+        const int32_t* table = row<int32_t>(c.t[3], sequence);
+        int64_t at = (base + 16 * first) / cache.block_size, offset = base + 16 * first - at * cache.block_size;
+        for (int g = first; g < last; ++g, offset += 16) {
+            if (offset == cache.block_size) offset = 0, ++at;
+            const int64_t block = at < c.t[3].cols ? table[at] : -1;
+            if (block < 0 || block >= cache.blocks) return false;
+            bytes[g] = cache.group_at(block, head, offset);
+        }
+        return true;
+    }
+
+    bool find_pages(int64_t sequence, int64_t head, int64_t base, int first, int last) {
+        int64_t bytes[kGroups];
+        if (!find_groups(sequence, head, base, first, last, bytes)) {
+            report(c, "attention: a block table entry is outside the cache");
+            return false;
+        }
+        for (int g = 0; g < int(kGroups); ++g) {   // a group without keys stands for one that has some
+            const int64_t byte = bytes[g < first ? first : g < last ? g : last - 1];
+            keys[g] = static_cast<const char*>(cache.k->data) + byte;
+            values[g] = (const Element*)(static_cast<const char*>(cache.v->data) + byte);
         }
         return true;
     }
 
     void find_next(int64_t sequence, int64_t head, int64_t base, int64_t high) {
-        const int32_t* table = row<int32_t>(c.t[3], sequence);
-        fetch = base < high;
-        for (int64_t g = 0; fetch && g < kGroups; ++g) {
-            const int64_t key = base + 16 * g < high ? base + 16 * g : base, block = table[key / cache.block_size];
-            fetch = block >= 0 && block < cache.blocks;   // else reported when the tile is reached
-            const int64_t element = cache.row_at(block, head, key % cache.block_size);
-            next_keys[g] = (const char*)(static_cast<const Element*>(cache.k->data) + element);
-            next_values[g] = static_cast<const Element*>(cache.v->data) + element;
+        const int last = base >= high ? 0 : high - base >= kKeys ? int(kGroups) : int((high - base + 15) / 16);
+        int64_t bytes[kGroups];
+        fetch = last > 0 && find_groups(sequence, head, base, 0, last, bytes);   // else reported when the tile is reached
+        for (int g = 0; fetch && g < int(kGroups); ++g) {
+            const int64_t byte = bytes[g < last ? g : last - 1];
+            next_keys[g] = static_cast<const char*>(cache.k->data) + byte;
+            next_values[g] = static_cast<const char*>(cache.v->data) + byte;
         }
+    }
+
+    // Bytes are what bfloat16 holds exactly; their scales wait for the weights.
+    void unpack(int first, int last) {
+        for (int g = first; g < last; ++g) {
+            const int8_t* from = (const int8_t*)values[g];
+            uint16_t* to = unpacked + g * 16 * dim;
+            for (int64_t d = 0; d < 16 * dim; d += 64) {
+                if (fetch) __builtin_prefetch(next_values[g] + d, 0, 2);
+#pragma GCC unroll 4
+                for (int k = 0; k < 64; k += 32) store_bytes(to + d + k, pack_bf16(load_i8(from + d + k), load_i8(from + d + k + 16)));
+            }
+            const f32x16 scale = load((const float*)(from + 16 * dim));
+            store(scales + 32 * g, scale);
+            store(scales + 32 * g + 16, div(set1(1.0f), scale));
+            values[g] = (const Element*)to;
+        }
+    }
+
+    // Rows in blocks that fit the registers. The scores of a block are computed before the block before it is weighed, so that
+    // neither waits for the exponentials between them.
+    void tile(int rows, int64_t base, int64_t begin, int64_t stop) {
+        const int first = int(begin / 16), last = int((stop + 15) / 16);
+        scores_of<kTileRows>(0, rows, first, last);
+        for (int a = 0; a < rows; a += kTileRows) {
+            soften_block(a, rows - a < kTileRows ? rows - a : kTileRows, base, first, last);
+            if (a + kTileRows < rows) scores_of<kTileRows>(a + kTileRows, rows, first, last);
+            weigh_of<kTileRows>(a, rows, begin, stop);
+        }
+    }
+
+    // The block of at most kR rows that begins at row a. The first one asks for the next tile.
+    template <int kR>
+    void scores_of(int a, int rows, int first, int last) {
+        if constexpr (kR > 1)
+            if (rows - a < kR) return scores_of<kR - 1>(a, rows, first, last);
+        const bool asks = a == 0 && fetch;
+        int g = first;
+        for (; g + kTilePanels <= last; g += kTilePanels)
+            if (asks) scores<kR, kTilePanels, true>(a, g);
+            else scores<kR, kTilePanels, false>(a, g);
+        if constexpr (kTilePanels > 1)
+            for (; g < last; ++g) {
+                if (asks) scores<kR, 1, true>(a, g);
+                else scores<kR, 1, false>(a, g);
+            }
+    }
+
+    template <int kR>
+    void weigh_of(int a, int rows, int64_t begin, int64_t stop) {
+        if constexpr (kR > 1)
+            if (rows - a < kR) return weigh_of<kR - 1>(a, rows, begin, stop);
+        const bool asks = a == 0 && fetch && !Kind::kUnpacks;
+        int64_t d = 0;
+        for (; d + 16 * kTilePanels <= dim; d += 16 * kTilePanels)
+            if (asks) weigh<kR, kTilePanels, true>(a, begin, stop, d, 16);
+            else weigh<kR, kTilePanels, false>(a, begin, stop, d, 16);
+        if constexpr (kTilePanels > 1)
+            for (; d + 16 <= dim; d += 16) weigh<kR, 1, false>(a, begin, stop, d, 16);
+        if (d < dim) weigh<kR, 1, false>(a, begin, stop, d, dim - d);
     }
 
     template <int kR, int kP, bool kFetch>
-    void score_tile(int a, int g) {
-        const int64_t steps = cache.dim / Panels::kStep, dim = cache.dim;
-        const Element* x = q + a * dim;
-        const char* k[kP];
-        for (int p = 0; p < kP; ++p) k[p] = keys[g + p];
-        f32x16 acc[kR][kP];
-        for (int b = 0; b < kR; ++b)
-            for (int p = 0; p < kP; ++p) acc[b][p] = zero();
-        for (int64_t d = 0; d < steps; ++d) {
-            if constexpr (kFetch)
-                for (int p = 0; p < kP; ++p) __builtin_prefetch(next_keys[g + p] + 64 * d, 0, 2);
-#pragma GCC unroll 8
-            for (int b = 0; b < kR; ++b)
+    PG_MEMBER void scores(int a, int g) {
+        constexpr int kS = Kind::kScoreRows < kR ? Kind::kScoreRows : kR, kLeft = kR % kS;
+        const char* x = q + a * q_bytes;
+        const float* base = cap > 0 ? none : start + a;
+        float* y = s + 16 * g;
+        Kind::template scores<kS, kP, kFetch>(x, q_bytes, keys + g, next_keys + g, dim, base, y, kKeys);
+        for (int b = kS; b + kS <= kR; b += kS)
+            Kind::template scores<kS, kP, false>(x + b * q_bytes, q_bytes, keys + g, next_keys + g, dim, base + b, y + b * kKeys, kKeys);
+        if constexpr (kLeft > 0)
+            Kind::template scores<kLeft, kP, false>(x + (kR - kLeft) * q_bytes, q_bytes, keys + g, next_keys + g, dim, base + kR - kLeft,
+                                                    y + (kR - kLeft) * kKeys, kKeys);
+    }
+
+    void soften_block(int a, int rows, int64_t base, int first, int last) {
+        if (first == 0 && last == kGroups && cap == 0.0f && sees_all(a, base, 0, kGroups) && sees_all(a + rows - 1, base, 0, kGroups)) {
+            for (int b = 0; b < rows; ++b) soften<true, false>(a + b, b, base, 0, kGroups);
+            return;
+        }
+        for (int b = 0; b < rows; ++b)
+            if (sees_all(a + b, base, first, last)) soften<false, false>(a + b, b, base, first, last);
+            else soften<false, true>(a + b, b, base, first, last);
+    }
+    bool sees_all(int a, int64_t base, int first, int last) const { return from[a] <= base + 16 * first && to[a] >= base + 16 * last; }
+
+    // Scores of row a, row b of the block, in groups [first, last) -> weights; adds to its sum, and seldom raises its maximum.
+    template <bool kWhole, bool kMasked>
+    PG_MEMBER void soften(int a, int b, int64_t base, int first, int last) {
+        float *at = s + b * kKeys, *state = now + a * state_size;
+        const int64_t lo = from[a] - base, hi = to[a] - base;
+        f32x16 v[kGroups], most = set1(-INFINITY);
 #pragma GCC unroll 4
-                for (int p = 0; p < kP; ++p) acc[b][p] = Panels::step(acc[b][p], k[p] + 64 * d, x + b * dim + d * Panels::kStep);
+        for (int g = 0; g < int(kGroups); ++g) {
+            if (!kWhole && (g < first || g >= last)) {
+                v[g] = set1(-INFINITY);
+                continue;
+            }
+            v[g] = load(at + 16 * g);
+            if constexpr (!kWhole)
+                if (cap > 0) v[g] = fma(set1(cap), vtanh(div(v[g], set1(cap))), set1(start[a]));
+            if constexpr (kMasked) v[g] = keep_lanes(v[g], lo - 16 * g, hi - 16 * g, set1(-INFINITY));
+            most = max(v[g], most);
         }
-        for (int b = 0; b < kR; ++b)
-            for (int p = 0; p < kP; ++p) store(s + (a + b) * kKeys + 16 * (g + p), acc[b][p]);
+        if (any_above(most, limit[a])) {
+            const f32x16 raised = set1(raise(a, reduce_max(most)));
+#pragma GCC unroll 4
+            for (int g = 0; g < int(kGroups); ++g) v[g] = sub(v[g], raised);
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < int(kGroups); ++g) {
+            if (!kWhole && (g < first || g >= last)) {
+                v[g] = zero();
+                continue;
+            }
+            v[g] = Kind::power(v[g]);
+            if constexpr (kMasked) v[g] = keep_lanes(v[g], lo - 16 * g, hi - 16 * g, zero());
+        }
+        store(state + wide, Kind::template weights<!kWhole>(load(state + wide), v, w + b * kKeys, scales, lo, hi));
     }
 
-    template <int kP, int kR = kTileRows>
-    void score_rows(int a, int rows, int g) {
-        if (a == 0 && rows >= kR && fetch) score_tile<kR, kP, true>(0, g), a = kR;
-        for (; rows - a >= kR; a += kR) score_tile<kR, kP, false>(a, g);
-        if constexpr (kR > 1)
-            if (a < rows) score_rows<kP, kR - 1>(a, rows, g);
+    // Lets the maximum of a row be higher by `by`; returns by how much it is.
+    __attribute__((noinline)) float raise(int a, float by) {
+        float* state = now + a * state_size;
+        const float before = state[wide + 16], top = before + by, delta = top - before;
+        const f32x16 shrink = Kind::shrink(set1(-delta));
+        if (limit[a] > 0)   // else nothing is there yet
+            for (int64_t d = 0; d < wide + 16; d += 16) store(state + d, mul(load(state + d), shrink));
+        state[wide + 16] = top;
+        start[a] = -top;
+        limit[a] = kSlack;
+        return delta;
     }
 
-    void scores(int rows, int begin, int end) {
-        int g = begin;
-        for (; g + kTilePanels <= end; g += kTilePanels) score_rows<kTilePanels>(0, rows, g);
-        for (; g < end; ++g) score_rows<1>(0, rows, g);
-    }
-
-    // Scores of row a in groups [begin, end) -> weights; updates the row's maximum, sum and output.
-    void soften(int a, int64_t base, int begin, int end) {
-        f32x16 most = set1(-INFINITY);
-        const bool sees_all = from[a] <= base + 16 * begin && to[a] >= base + 16 * end;
-        for (int g = begin; g < end; ++g) {
-            float* at = s + a * kKeys + 16 * g;
-            f32x16 v = load(at);
-            if (cap > 0) v = mul(set1(cap), vtanh(div(v, set1(cap))));
-            if (!sees_all) v = keep_lanes(v, from[a] - base - 16 * g, to[a] - base - 16 * g, set1(-INFINITY));
-            if (cap > 0 || !sees_all) store(at, v);
-            most = max(v, most);
-        }
-        float top = reduce_max(most);
-        if (top > m[a]) {
-            f32x16 shrink = vexp(set1(m[a] - top));
-            store(l + 16 * a, mul(load(l + 16 * a), shrink));
-            float* y = o + a * cache.dim;
-            int64_t d = 0;
-            for (; d + 16 <= cache.dim; d += 16) store(y + d, mul(load(y + d), shrink));
-            if (d < cache.dim) store_n(y + d, mul(load_n(y + d, cache.dim - d), shrink), cache.dim - d);
-            m[a] = top;
-        }
-        f32x16 sum = load(l + 16 * a), peak = set1(m[a]);
-        for (int g = begin; g < end; ++g) {
-            const int at = a * kKeys + 16 * g;
-            sum = add(sum, Kind::weights(sub(load(s + at), peak), w + at));
-        }
-        store(l + 16 * a, sum);
-    }
-
+    // o += p v for keys [begin, stop) of the tile and columns d .. of rows a ..; n < 16 columns are left of the last 16.
     template <int kR, int kC, bool kFetch>
-    void weigh_tile(int a, int64_t begin, int64_t end, int64_t d, int64_t n) {
-        const int64_t dim = cache.dim;
+    void weigh(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
+        float* o = now + a * state_size + d;
         f32x16 acc[kR][kC];
+#pragma GCC unroll 8
         for (int b = 0; b < kR; ++b)
-            for (int p = 0; p < kC; ++p) acc[b][p] = load_some(o + (a + b) * dim + d + 16 * p, n);
+#pragma GCC unroll 4
+            for (int p = 0; p < kC; ++p) acc[b][p] = load(o + b * state_size + 16 * p);
         int64_t j = begin / kPair * kPair;
-        for (; j + kPair <= end; j += kPair) {
+        for (; j + kPair <= stop; j += kPair) {
             const Element* v = values[j / 16] + j % 16 * dim + d * kPair;
             if constexpr (kFetch) {
-                const char* next = (const char*)(next_values[j / 16] + j % 16 * dim + d * kPair);
+                const char* next = next_values[j / 16] + (j % 16 * dim + d * kPair) * int64_t(sizeof(Element));
+#pragma GCC unroll 4
                 for (int p = 0; p < kC; ++p) __builtin_prefetch(next + 64 * p, 0, 2);
             }
             decltype(Kind::load_values(v, n)) column[kC];
-            for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, n);
+#pragma GCC unroll 4
+            for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, kC > 1 ? 16 : n);
 #pragma GCC unroll 8
             for (int b = 0; b < kR; ++b)
 #pragma GCC unroll 4
-                for (int p = 0; p < kC; ++p) acc[b][p] = Kind::weigh(acc[b][p], column[p], w + (a + b) * kKeys + j);
+                for (int p = 0; p < kC; ++p) acc[b][p] = Kind::weigh(acc[b][p], column[p], w + b * kKeys + j);
         }
         if constexpr (kPair == 2)
-            if (j < end) {   // the other key of the last pair belongs to nobody yet: shifted out, whatever it holds
+            if (j < stop) {   // the other key of the last pair belongs to nobody yet: shifted out, whatever it holds
                 const Element* v = values[j / 16] + j % 16 * dim + d * kPair;
-                for (int p = 0; p < kC; ++p) {
-                    u8x64 alone = shift_left<16>(Kind::load_values(v + 32 * p, n));
-                    for (int b = 0; b < kR; ++b) {
-                        const uint16_t pair[2] = {0, w[(a + b) * kKeys + j]};
-                        acc[b][p] = Kind::weigh(acc[b][p], alone, pair);
-                    }
+                u8x64 alone[kC];
+#pragma GCC unroll 4
+                for (int p = 0; p < kC; ++p) alone[p] = shift_left<16>(Kind::load_values(v + 32 * p, n));
+#pragma GCC unroll 8
+                for (int b = 0; b < kR; ++b) {
+                    const uint16_t pair[2] = {0, w[b * kKeys + j]};
+#pragma GCC unroll 4
+                    for (int p = 0; p < kC; ++p) acc[b][p] = Kind::weigh(acc[b][p], alone[p], pair);
                 }
             }
+#pragma GCC unroll 8
         for (int b = 0; b < kR; ++b)
-            for (int p = 0; p < kC; ++p) {
-                float* y = o + (a + b) * dim + d + 16 * p;
-                if (n == 16) store(y, acc[b][p]);
-                else store_n(y, acc[b][p], n);
-            }
-    }
-
-    template <int kC, int kR = kTileRows>
-    void weigh_rows(int a, int rows, int64_t begin, int64_t end, int64_t d, int64_t n) {
-        if (a == 0 && rows >= kR && fetch) weigh_tile<kR, kC, true>(0, begin, end, d, n), a = kR;
-        for (; rows - a >= kR; a += kR) weigh_tile<kR, kC, false>(a, begin, end, d, n);
-        if constexpr (kR > 1)
-            if (a < rows) weigh_rows<kC, kR - 1>(a, rows, begin, end, d, n);
-    }
-
-    // o += p v for keys [begin, end) of the tile.
-    void weigh(int rows, int64_t begin, int64_t end) {
-        int64_t d = 0;
-        for (; d + 16 * kTilePanels <= cache.dim; d += 16 * kTilePanels) weigh_rows<kTilePanels>(0, rows, begin, end, d, 16);
-        for (; d + 16 <= cache.dim; d += 16) weigh_rows<1>(0, rows, begin, end, d, 16);
-        if (d < cache.dim) weigh_rows<1>(0, rows, begin, end, d, cache.dim - d);
+#pragma GCC unroll 4
+            for (int p = 0; p < kC; ++p) store(o + b * state_size + 16 * p, acc[b][p]);
     }
 };
 
-struct attention_op {
-    static int phases(const Call&, int) { return 1; }
-    static int64_t scratch(const Call& c, int num_threads) { return num_threads * Attention<F32Cache>::thread_bytes(c.i[2]); }
-    static void run(const Call& c, int, int tid, int num_threads) {
-        if (c.t[1].dtype == PG_BF16) Attention<Bf16Cache>(c, tid).run(num_threads);
-        else Attention<F32Cache>(c, tid).run(num_threads);
+struct attention_op : AttentionSizes {
+    static int phases(const Call& c, int num_threads) {
+        AttentionWork work(c, num_threads);
+        while (work.advance())
+            if (work.at.parts) return 2;
+        return 1;
+    }
+    static int64_t scratch(const Call& c, int num_threads) {
+        return num_threads * thread_bytes(c.i[2]) + shared_rows(c, num_threads) * state_floats(c.i[2]) * 4;
+    }
+    static void run(const Call& c, int phase, int tid, int num_threads) {
+        if (c.t[1].dtype == PG_BF16) Attention<Bf16Cache>(c, tid, num_threads).run(phase, num_threads);
+        else if (c.t[1].dtype == PG_U8) Attention<Int8Cache>(c, tid, num_threads).run(phase, num_threads);
+        else Attention<F32Cache>(c, tid, num_threads).run(phase, num_threads);
     }
 };

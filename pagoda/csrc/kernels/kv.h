@@ -3,13 +3,31 @@
 
 struct Cache {
     const pg_tensor *k, *v;
-    int64_t block_size, heads, dim, blocks;
+    int64_t block_size, heads, dim, blocks, group_bytes;
 
-    PG_INLINE Cache of(const pg_tensor* k, const pg_tensor* v, const int64_t* i) { return {k, v, i[0], i[1], i[2], i[3]}; }
-    // The first element of a page's row of values, were rows apart; groups of 16 keys start where their first row would,
-    // and so do pairs of values.
-    int64_t row_at(int64_t block, int64_t head, int64_t offset) const { return ((block * heads + head) * block_size + offset) * dim; }
+    PG_INLINE Cache of(const pg_tensor* k, const pg_tensor* v, const int64_t* i) {
+        const int64_t group = k->dtype == PG_U8 ? 16 * (i[2] + 4) : 16 * i[2] * (k->dtype == PG_BF16 ? 2 : 4);
+        return {k, v, i[0], i[1], i[2], i[3], group};
+    }
+    // The first byte of the group of 16 tokens that a page's token `offset` is in; keys and values alike.
+    int64_t group_at(int64_t block, int64_t head, int64_t offset) const {
+        return ((block * heads + head) * (block_size / 16) + offset / 16) * group_bytes;
+    }
 };
+
+// Eight bits and a scale: what is not finite makes the scale NaN; what is too small to divide by becomes zero, of scale 1.
+PG_INLINE float to_int8(const float* x, int64_t n, int8_t* y) {
+    float most = 0, bad = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const float size = x[i] < 0 ? -x[i] : x[i];
+        most = size > most ? size : most;
+        bad += x[i] * 0.0f;   // NaN for what is not finite
+    }
+    const bool is_zero = bad != 0.0f || most < 1e-30f;
+    const float inverse = is_zero ? 0.0f : 127.0f / most;
+    for (int64_t i = 0; i < n; ++i) y[i] = is_zero ? 0 : int8_t(lrintf(x[i] * inverse));
+    return bad != 0.0f ? bad : is_zero ? 1.0f : most / 127.0f;
+}
 
 struct kv_write_op : SimpleOp {
     static void run(const Call& c, int, int, int num_threads) {
@@ -17,28 +35,43 @@ struct kv_write_op : SimpleOp {
         int64_t begin, end;
         while (take(c, c.rows, chunk_for(c.rows, num_threads, 4), &begin, &end))
             for (int64_t r = begin; r < end; ++r) {
-                int64_t slot = index_at(c.t[4], r);
+                const int64_t slot = index_at(c.t[4], r);
                 if (slot < 0) continue;
                 if (slot >= cache.blocks * cache.block_size) {
                     report(c, "kv_write: a slot is outside the cache");
                     continue;
                 }
+                const int64_t offset = slot % cache.block_size;
                 for (int64_t h = 0; h < cache.heads; ++h) {
                     const float *k = row<float>(c.t[0], r) + h * cache.dim, *v = row<float>(c.t[1], r) + h * cache.dim;
-                    int64_t offset = slot % cache.block_size, lane = offset % 16;
-                    int64_t key_at = cache.row_at(slot / cache.block_size, h, offset - lane);
-                    int64_t value_at = cache.row_at(slot / cache.block_size, h, offset);
-                    if (cache.k->dtype == PG_BF16) {
-                        uint16_t* to = static_cast<uint16_t*>(cache.k->data) + key_at + 2 * lane;
-                        for (int64_t d = 0; d < cache.dim; ++d) to[32 * (d / 2) + d % 2] = to_bf16(k[d]);
-                        uint16_t* pair = static_cast<uint16_t*>(cache.v->data) + value_at - lane % 2 * cache.dim + lane % 2;
-                        for (int64_t d = 0; d < cache.dim; ++d) pair[2 * d] = to_bf16(v[d]);
-                    } else {
-                        float* to = static_cast<float*>(cache.k->data) + key_at + lane;
-                        for (int64_t d = 0; d < cache.dim; ++d) to[16 * d] = k[d];
-                        memcpy(static_cast<float*>(cache.v->data) + value_at, v, size_t(cache.dim) * 4);
-                    }
+                    const int64_t at = cache.group_at(slot / cache.block_size, h, offset);
+                    char *keys = static_cast<char*>(cache.k->data) + at, *values = static_cast<char*>(cache.v->data) + at;
+                    if (cache.k->dtype == PG_U8) write_int8(k, v, cache.dim, offset % 16, keys, values);
+                    else if (cache.k->dtype == PG_BF16) write_bf16(k, v, cache.dim, offset % 16, (uint16_t*)keys, (uint16_t*)values);
+                    else write_f32(k, v, cache.dim, offset % 16, (float*)keys, (float*)values);
                 }
             }
+    }
+
+    static void write_f32(const float* k, const float* v, int64_t dim, int64_t lane, float* keys, float* values) {
+        for (int64_t d = 0; d < dim; ++d) keys[16 * d + lane] = k[d];
+        memcpy(values + lane * dim, v, size_t(dim) * 4);
+    }
+
+    static void write_bf16(const float* k, const float* v, int64_t dim, int64_t lane, uint16_t* keys, uint16_t* values) {
+        for (int64_t d = 0; d < dim; ++d) keys[32 * (d / 2) + 2 * lane + d % 2] = to_bf16(k[d]);
+        uint16_t* pairs = values + lane / 2 * 2 * dim + lane % 2;
+        for (int64_t d = 0; d < dim; ++d) pairs[2 * d] = to_bf16(v[d]);
+    }
+
+    static void write_int8(const float* k, const float* v, int64_t dim, int64_t lane, char* keys, char* values) {
+        int8_t bytes[512];
+        const float key_scale = to_int8(k, dim, bytes);
+        for (int64_t d = 0; d < dim; ++d) keys[64 * (d / 4) + 4 * lane + d % 4] = char(uint8_t(bytes[d] + 128));
+        const float value_scale = to_int8(v, dim, bytes);
+        char* pairs = values + lane / 2 * 2 * dim + lane % 2;
+        for (int64_t d = 0; d < dim; ++d) pairs[2 * d] = char(bytes[d]);
+        memcpy(keys + 16 * dim + 4 * lane, &key_scale, 4);
+        memcpy(values + 16 * dim + 4 * lane, &value_scale, 4);
     }
 };

@@ -33,6 +33,14 @@ PG_INLINE f32x16 vtanh(f32x16 x) {
     return select_lt(z, set1(0.390625f), small, large);
 }
 
+// x - floor(x) and p * 2^floor(x), for x in -126 .. 126; what is less counts as -126. The floor of an integer may be one less.
+#if !defined(PG_HAS_POWER)
+PG_INLINE f32x16 shifted_floor(f32x16 x) { return add(sub(max(set1(-126.0f), x), set1(0.5f)), set1(12582912.0f)); }
+PG_INLINE f32x16 fraction(f32x16 x) { return sub(max(set1(-126.0f), x), sub(shifted_floor(x), set1(12582912.0f))); }
+PG_INLINE f32x16 times_power(f32x16 p, f32x16 x) { return unbits(iadd(bits(p), shift_left<23>(bits(shifted_floor(x))))); }
+#endif
+#undef PG_HAS_POWER
+
 // The sum of 16 lanes by halves: (i, i+8), (i, i+4), (i, i+2), (i, i+1).
 PG_INLINE float reduce_add(f32x16 v) {
     float t[16];
@@ -72,6 +80,12 @@ PG_INLINE void store_bf16(uint16_t* to, f32x16 v) {
     store(t, v);
     __builtin_memcpy(u, t, sizeof u);
     for (int i = 0; i < 16; ++i) to[i] = uint16_t((u[i] + 0x7fffu + ((u[i] >> 16) & 1)) >> 16);
+}
+PG_INLINE u8x64 pack_bf16(f32x16 a, f32x16 b) {
+    uint16_t t[32];
+    store_bf16(t, a);
+    store_bf16(t + 16, b);
+    return load_bytes(t);
 }
 #endif
 #undef PG_HAS_STORE_BF16

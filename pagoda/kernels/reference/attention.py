@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from pagoda.kernels.kv import DTYPES, LANES, KvPlane, read_tokens
+from pagoda.kernels.kv import DTYPES, LANES, KvPlane, read_tokens, to_int8
 from pagoda.kernels.table import implements
 
 __all__ = ["attention", "kv_write"]
@@ -21,6 +21,8 @@ def kv_write(k_TD: Array, v_TD: Array, cache: KvPlane, slots_T: Array) -> None:
     slots = np.asarray(slots_T)
     kept = slots >= 0
     block, offset = np.divmod(slots[kept], cache.block_size)
+    if cache.dtype == "int8":
+        return _write_int8(np.asarray(k_TD)[kept], np.asarray(v_TD)[kept], cache, block, offset)
     kind = DTYPES[cache.dtype]
     heads = (-1, cache.num_kv_heads, cache.head_dim)
     k = np.asarray(k_TD)[kept].reshape(heads).astype(kind)
@@ -32,6 +34,20 @@ def kv_write(k_TD: Array, v_TD: Array, cache: KvPlane, slots_T: Array) -> None:
     else:
         cache.v[block, :, offset, :] = v
         cache.k[block, :, group, :, lane] = k
+
+
+def _write_int8(k_TD: np.ndarray, v_TD: np.ndarray, cache: KvPlane, block_T: np.ndarray, offset_T: np.ndarray) -> None:
+    heads, dim = cache.num_kv_heads, cache.head_dim
+    group_T, lane_T = np.divmod(offset_T, LANES)
+    lane_T1, d = lane_T[:, None], np.arange(dim)
+    keys_TD = 64 * (d // 4) + 4 * lane_T1 + d % 4
+    values_TD = lane_T1 // 2 * 2 * dim + 2 * d + lane_T1 % 2
+    scales_T4 = LANES * dim + 4 * lane_T1 + np.arange(4)
+    place = block_T[:, None, None], np.arange(heads)[None, :, None], group_T[:, None, None]
+    for plane, x_TD, bytes_TD, added in ((cache.k, k_TD, keys_TD, 128), (cache.v, v_TD, values_TD, 0)):
+        signed, scale = to_int8(x_TD.reshape(-1, dim))
+        plane[*place, bytes_TD[:, None, :]] = (signed.astype(np.int16) + added).astype(np.uint8).reshape(-1, heads, dim)
+        plane[*place, scales_T4[:, None, :]] = scale.view(np.uint8).reshape(-1, heads, 4)
 
 
 @implements("attention", device="reference")
