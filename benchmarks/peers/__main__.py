@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import sys
 import time
 from typing import Any
 
@@ -18,27 +20,36 @@ from benchmarks.peers.contenders import PEERS, PRECISIONS, chosen
 from benchmarks.peers.environments import CACHE
 from benchmarks.peers.offline import run_rounds, start_workers
 from benchmarks.peers.quality import run_quality
+from benchmarks.peers.servers import run_memory, run_starts, run_w6
 
 OFFLINE = ("W1", "W2-512", "W2-2048", "W3", "W4", "W5")
-WORK = ("quality", *OFFLINE)
+WORK = ("quality", "start", "memory", *OFFLINE, "W6")
+_START_ROUNDS = 3
 
 
 def main() -> None:
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that no engine stays behind
     contenders = chosen(args.peers, args.precision)
     absent: dict[str, str] = {}
-    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "rounds": args.rounds, "absent": absent}
-    started = time.perf_counter()
+    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "rounds": args.rounds, "absent": absent, "samples": {}}
+    samples, started = result["samples"], time.perf_counter()
     if "quality" in args.work:
         result["quality"] = run_quality(contenders, args.threads, absent)
+    if "start" in args.work:
+        samples |= run_starts(contenders, min(args.rounds, _START_ROUNDS), args.threads, absent)
+    if "memory" in args.work:
+        samples["memory"] = run_memory(contenders, args.threads, absent)
     offline = [work for work in args.work if work in OFFLINE]
     if offline:
         workers = start_workers(contenders, args.threads, args.kv_tokens, absent)
         try:
-            result["samples"] = run_rounds(contenders, workers, offline, args.rounds, args.threads, keep_slow=args.keep_slow)
+            samples |= run_rounds(contenders, workers, offline, args.rounds, args.threads, keep_slow=args.keep_slow)
         finally:
             for worker in workers.values():
                 worker.close()
+    if "W6" in args.work:
+        samples["W6"] = run_w6(contenders, args.rounds, args.threads, args.kv_tokens, absent)
     result["seconds"] = time.perf_counter() - started
     (CACHE / "last.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
