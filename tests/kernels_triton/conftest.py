@@ -1,4 +1,5 @@
 """The Triton kernels run in Triton's interpreter here: no GPU is needed, and torch tensors on the CPU stand for a GPU's.
+With TRITON_INTERPRET=0, on a machine that has a GPU, the same tests run the compiled kernels on it.
 
 TRITON_INTERPRET is read when triton is first imported, so `tests/conftest.py` sets it before any test module is.
 """
@@ -16,8 +17,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.fixture(autouse=True)
-def interpreted() -> Iterator[None]:
-    """Torch tensors on the CPU use the kernels of the device "cuda"."""
-    assert triton.knobs.runtime.interpret, "triton was imported before TRITON_INTERPRET was set"
-    with table.backend("cuda"):
+def kernels() -> Iterator[None]:
+    """Torch tensors on the CPU use the kernels of the device "cuda"; without the interpreter tensors are made on the GPU."""
+    if not triton.knobs.runtime.interpret and not torch.cuda.is_available():
+        pytest.skip("TRITON_INTERPRET=0, and there is no GPU")
+    with table.backend("cuda"), torch.device("cpu" if triton.knobs.runtime.interpret else "cuda"):
         yield

@@ -13,7 +13,7 @@ from pagoda.kernels import ops
 from pagoda.kernels.triton.plane import DevicePlane, allocate_device_plane, device_bytes_per_block, read_device_tokens
 from tests.kernels.cases import CASES, Case, normal
 
-from .bridge import TYPES, assert_close, device_plane, host_plane, naive_attention, reference, to_numpy, to_torch
+from .bridge import DEVICE, TYPES, assert_close, device_plane, host_plane, naive_attention, reference, to_numpy, to_torch
 from .test_ops import dtypes, rng_of
 
 ATTENTION = [c for c in CASES if c.op == "attention" and c.name.startswith("bfloat16")]
@@ -27,7 +27,7 @@ def attention_inputs(case: Case, dtype: Any, **plane: Any) -> tuple[list[Any], d
 def check_attention(args: list[Any], kwargs: dict[str, Any]) -> Any:
     q, plane, *tables = args
     sinks = {"sinks_H": to_numpy(kwargs["sinks_H"])} if "sinks_H" in kwargs else {}
-    expected = reference("attention", to_numpy(q), host_plane(plane), *(x.numpy() for x in tables), **(kwargs | sinks))
+    expected = reference("attention", to_numpy(q), host_plane(plane), *(to_numpy(x) for x in tables), **(kwargs | sinks))
     got = ops.attention(*args, **kwargs)
     assert got.dtype == q.dtype
     assert_close(got, expected, naive_attention(*args, **kwargs))
@@ -46,7 +46,7 @@ def decode_inputs(dtype: Any, *, lens: list[int], group: int, dim: int = 64, spl
     pages = [-(-n // 16) for n in lens]
     kind = "fp8_e4m3" if fp8 else {torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
     plane = allocate_device_plane(
-        dtype=kind, block_size=16, num_blocks=sum(pages) + 1, num_kv_heads=2, head_dim=dim, device="cpu",
+        dtype=kind, block_size=16, num_blocks=sum(pages) + 1, num_kv_heads=2, head_dim=dim, device=DEVICE,
         k_scale=0.02 if fp8 else 1.0, v_scale=0.5 if fp8 else 1.0, split_tokens=split, fixed_tiles=fixed,
     )  # fmt: skip
     plane.k.fill_(0x7F if fp8 else torch.nan)
@@ -57,12 +57,12 @@ def decode_inputs(dtype: Any, *, lens: list[int], group: int, dim: int = 64, spl
         table[s, : pages[s]] = order[sum(pages[:s]) : sum(pages[: s + 1])]
         at = np.arange(n)
         for pages_NHPD, scale in ((plane.k, plane.k_scale), (plane.v, plane.v_scale)):
-            x = torch.from_numpy(normal(rng, n, 2, dim)) / scale
+            x = to_torch(normal(rng, n, 2, dim), torch.float32) / scale
             x = x.to(torch.float8_e4m3fn).view(torch.uint8) if fp8 else x.to(dtype)
-            pages_NHPD[torch.from_numpy(table[s, at // 16]).long(), :, torch.from_numpy(at % 16)] = x
+            pages_NHPD[to_torch(table[s, at // 16], torch.float32).long(), :, to_torch(at % 16, torch.float32)] = x
     q = to_torch(normal(rng, len(lens), 2 * group * dim), dtype)
     starts = torch.tensor([*range(len(lens) + 1), len(lens)], dtype=torch.int32)
-    return [q, plane, torch.from_numpy(table), starts, torch.tensor([*lens, 0], dtype=torch.int32)]
+    return [q, plane, to_torch(table, torch.float32), starts, torch.tensor([*lens, 0], dtype=torch.int32)]
 
 
 @dtypes
@@ -115,7 +115,7 @@ def test_every_8_bit_number() -> None:
     middle = (finite[1:] + finite[:-1]) / 2
     x = torch.cat([values[~values.isnan()], middle, -middle, torch.nextafter(middle, torch.tensor(0.0)), torch.tensor([448.0, -448.0])])
     x = torch.cat([x, x.new_zeros(-len(x) % 8)]).view(-1, 8)
-    plane = allocate_device_plane(dtype="fp8_e4m3", block_size=16, num_blocks=64, num_kv_heads=1, head_dim=8, device="cpu")
+    plane = allocate_device_plane(dtype="fp8_e4m3", block_size=16, num_blocks=64, num_kv_heads=1, head_dim=8, device=DEVICE)
     ops.kv_write(x, -x, plane, torch.arange(len(x)))
     assert torch.equal(plane.k.flatten(0, 2)[: len(x)], x.to(torch.float8_e4m3fn).view(torch.uint8))
     beyond = torch.tensor([[1e9, -1e9, 449.0, 480.0, 464.0, -465.0, 1e-9, -1e-9]])
@@ -126,7 +126,7 @@ def test_every_8_bit_number() -> None:
 @dtypes
 def test_written_tokens_come_back(dtype: Any) -> None:
     plane = allocate_device_plane(dtype={v: k for k, v in TYPES.items()}[dtype].replace("bf16", "bfloat16").replace("fp16", "float16"),
-                                  block_size=8, num_blocks=5, num_kv_heads=3, head_dim=24, device="cpu")  # fmt: skip
+                                  block_size=8, num_blocks=5, num_kv_heads=3, head_dim=24, device=DEVICE)  # fmt: skip
     rng = np.random.default_rng(3)
     wide = to_torch(normal(rng, 20, 200), dtype)
     k, v = wide[:, 4:76], wide[:, 100:172]
@@ -142,7 +142,7 @@ def test_written_tokens_come_back(dtype: Any) -> None:
 
 
 def test_sizes_the_kernels_cannot_hold_are_refused() -> None:
-    sizes = {"dtype": "bfloat16", "block_size": 16, "num_blocks": 2, "num_kv_heads": 2, "head_dim": 64, "device": "cpu"}
+    sizes = {"dtype": "bfloat16", "block_size": 16, "num_blocks": 2, "num_kv_heads": 2, "head_dim": 64, "device": DEVICE}
     plane = allocate_device_plane(**sizes)  # type: ignore[arg-type]
     assert device_bytes_per_block(dtype="bfloat16", block_size=16, num_kv_heads=2, head_dim=64) * 2 == plane.nbytes
     for name, value in (("dtype", "int3"), ("block_size", 24), ("head_dim", 300), ("split_tokens", 100)):

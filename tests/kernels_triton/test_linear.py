@@ -15,7 +15,7 @@ from pagoda.kernels.triton.weight import DeviceWeight, pack_for_device
 from pagoda.kernels.weight import BLOCK_FORMATS
 from tests.kernels.cases import normal, width_for
 
-from .bridge import assert_close, to_numpy, to_torch, weights
+from .bridge import DEVICE, assert_close, to_numpy, to_torch, weights
 from .test_ops import dtypes
 
 formats = pytest.mark.parametrize("format", ["bf16", *BLOCK_FORMATS])
@@ -62,8 +62,8 @@ def test_packing_keeps_the_stored_numbers(format: str) -> None:
 def test_embedding(format: str, dtype: Any) -> None:
     rng = np.random.default_rng(1)
     host, table = weights(rng, format, 50, width_for(format, 96), dtype)
-    ids = torch.from_numpy(rng.integers(0, 50, 9))
-    expected = host.dense[ids.numpy()] * 1.5
+    ids = to_torch(rng.integers(0, 50, 9), torch.float32)
+    expected = host.dense[to_numpy(ids)] * 1.5
     got = ops.embedding(ids, table, scale=1.5)
     assert got.dtype == dtype
     assert_close(got, expected, to_torch(host.dense, dtype)[ids] * torch.tensor(1.5, dtype=dtype))
@@ -112,7 +112,7 @@ def test_many_rows_are_multiplied_by_the_dequantized_matrix(monkeypatch: pytest.
 
 def test_matrices_that_cannot_be_packed_are_refused() -> None:
     rng = np.random.default_rng(5)
-    place: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16}
+    place: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     with pytest.raises(ValueError, match="`q7_0`"):
         pack_for_device("q7_0", [normal(rng, 4, 32)], **place)
     with pytest.raises(ValueError, match="multiple of 32"):

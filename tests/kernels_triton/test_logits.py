@@ -15,14 +15,14 @@ from pagoda.worker.logits.step import RowContext
 from pagoda.worker.sampler import top_logprobs
 from tests.kernels.cases import normal
 
-from .bridge import to_numpy
+from .bridge import to_numpy, to_torch
 
 
 def both(op: str, *args: np.ndarray, **kwargs: Any) -> list[np.ndarray]:
     """The op in place of its first operand -> what the reference and what the kernel made of it, or returned."""
     found = []
     for backend in ("reference", "cuda"):
-        copies = [x.copy() if backend == "reference" else torch.from_numpy(x.copy()) for x in args]
+        copies = [x.copy() if backend == "reference" else to_torch(x.copy(), torch.float32) for x in args]
         with table.backend(backend):
             result = getattr(logits_ops, op)(*copies, **kwargs)
         found.append([to_numpy(x) for x in result] if result is not None else to_numpy(copies[0]))
@@ -57,7 +57,7 @@ def test_penalties_agree_with_the_cpu() -> None:
     seen = torch.zeros(4, 90, dtype=torch.int32)
     for s, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         for tokens, is_prompt in ((prompt, True), (output, False)):
-            logits_ops.count_tokens(seen, torch.full((len(tokens),), s), torch.from_numpy(tokens), is_prompt=is_prompt)
+            logits_ops.count_tokens(seen, torch.full((len(tokens),), s), to_torch(tokens, torch.float32), is_prompt=is_prompt)
     logits = normal(rng, 4, 90) * 4
     settings = [(1.3, 0.25, -0.5), (0.7, 0.0, 0.5), (1.0, 1.5, 0.0), (2.0, 2.0, 2.0)]
     slots = np.array([2, 0, 1, -1], np.int32)
@@ -68,7 +68,7 @@ def test_penalties_agree_with_the_cpu() -> None:
         params = SamplingParams(repetition_penalty=repetition, frequency_penalty=frequency, presence_penalty=presence)
         context = RowContext(params, np.concatenate([prompts[slot], outputs[slot]]), 20, ())
         Penalties().apply(expected[row], context)
-    from_reference, got = both("penalize", logits, seen.numpy(), slots, *columns)
+    from_reference, got = both("penalize", logits, to_numpy(seen), slots, *columns)
     np.testing.assert_array_equal(got, from_reference)
     np.testing.assert_array_equal(got, expected)
 

@@ -23,7 +23,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw(columns: tuple[np.ndarray, ...]) -> np.ndarray:
-    tensors = [torch.from_numpy(x.copy()) for x in columns]
+    tensors = [to_torch(x.copy(), torch.float32) for x in columns]
     return to_numpy(ops.sample(*tensors))
 
 
@@ -68,8 +68,8 @@ def test_extreme_rows() -> None:
 
 def test_16_bit_logits_are_widened() -> None:
     columns = list(sample_inputs(np.random.default_rng(1), 12, 90))
-    columns[0] = to_numpy(torch.from_numpy(columns[0]).bfloat16())
-    tensors = [torch.from_numpy(x.copy()) for x in columns]
+    columns[0] = to_numpy(to_torch(columns[0], torch.float32).bfloat16())
+    tensors = [to_torch(x.copy(), torch.float32) for x in columns]
     tensors[0] = tensors[0].bfloat16()
     np.testing.assert_array_equal(to_numpy(ops.sample(*tensors)), reference("sample", *columns))
 
@@ -86,5 +86,5 @@ def test_rows_are_summed_and_checked(case: Case) -> None:
 def test_logsumexp_of_dead_rows() -> None:
     x = normal(np.random.default_rng(0), 4, 80)
     x[0], x[1, 4], x[2, 70] = -np.inf, np.inf, np.nan
-    got = to_numpy(ops.row_logsumexp(torch.from_numpy(x)))
+    got = to_numpy(ops.row_logsumexp(to_torch(x, torch.float32)))
     assert got[0] == -np.inf and got[1] == np.inf and np.isnan(got[2]) and np.isfinite(got[3])

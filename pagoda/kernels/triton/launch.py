@@ -14,21 +14,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["FLOAT_TYPES", "INTERPRET", "Launch", "cdiv", "check_rows", "collect", "dot", "index", "launch", "narrow", "next_power_of_2", "tanh"]
+__all__ = ["INTERPRET", "LOG2E", "Arch", "Launch", "arch_of", "cdiv", "check_rows", "collect", "dot", "index", "launch", "narrow", "next_power_of_2", "tanh"]
 
 Array = Any
-FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 
 cdiv: Callable[[int, int], int] = triton.cdiv
 next_power_of_2: Callable[[int], int] = triton.next_power_of_2
+
+
+class Arch(NamedTuple):
+    """What tiles are chosen for: ("cuda", 90) is sm_90, ("hip", 942) gfx942."""
+
+    backend: str
+    number: int
+
+
+NO_GPU = Arch("cuda", 90)  # what the interpreter runs
 
 
 @dataclass(frozen=True)
@@ -44,28 +54,46 @@ class Launch:
 
 @dataclass
 class _Collector:
-    lists: list[list[Launch]] = field(default_factory=list)
+    stack: list[tuple[Arch, list[Launch]]] = field(default_factory=list)
 
 
 _COLLECTOR = _Collector()
 
 
 @contextmanager
-def collect() -> Iterator[list[Launch]]:
-    """Launches made inside are appended to the list it yields and not run. Not thread safe; for compiling ahead of time."""
+def collect(arch: Arch = NO_GPU) -> Iterator[list[Launch]]:
+    """Launches made inside are appended to the list it yields and not run, with the tiles of `arch`. Not thread safe; for
+    compiling ahead of time.
+    """
     found: list[Launch] = []
-    _COLLECTOR.lists.append(found)
+    _COLLECTOR.stack.append((arch, found))
     try:
         yield found
     finally:
-        _COLLECTOR.lists.pop()
+        _COLLECTOR.stack.pop()
+
+
+def arch_of(x: Array) -> Arch:
+    """The architecture that will run a kernel on this tensor."""
+    if _COLLECTOR.stack:
+        return _COLLECTOR.stack[-1][0]
+    return _arch_of_device(x.device.index or 0) if x.is_cuda else NO_GPU
+
+
+@cache
+def _arch_of_device(number: int) -> Arch:
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(number).gcnArchName  # as gfx942:sramecc+:xnack-
+        return Arch("hip", int(name.split(":")[0].removeprefix("gfx"), 10))
+    major, minor = torch.cuda.get_device_capability(number)
+    return Arch("cuda", 10 * major + minor)
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, num_warps: int = 4, num_stages: int = 2, **meta: Any) -> None:
     """Starts `kernel` on the current stream; an empty grid starts nothing."""
-    if _COLLECTOR.lists:
+    if _COLLECTOR.stack:
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        _COLLECTOR.lists[-1].append(Launch(kernel, tuple(grid), args, meta, options))
+        _COLLECTOR.stack[-1][1].append(Launch(kernel, tuple(grid), args, meta, options))
         return
     if min(grid) > 0:
         kernel[tuple(grid)](*args, **meta, num_warps=num_warps, num_stages=num_stages)

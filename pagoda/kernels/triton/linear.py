@@ -27,7 +27,7 @@ __all__ = ["MANY_ROWS", "linear"]
 
 Array = Any
 MANY_ROWS = 256  # from here on a quantized weight is dequantized first
-_BLOCK_N, _BLOCK_K = 64, 128
+_BLOCK_N = 64
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def linear(
         x_TK.stride(0), weight.data.stride(0), scales.stride(0), (out if residual is None else residual).stride(0), out.stride(0),
         BITS=weight.bits, GROUP=weight.group, OFFSET=weight.offset, HAS_MIN=weight.minima is not None,
         HAS_BIAS=bias_N is not None, HAS_RESIDUAL=residual is not None,
-        BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K if weight.bits != 16 else _BLOCK_K // 2, num_warps=4, num_stages=3,
+        BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=128 if weight.bits == 4 else 64, num_warps=4, num_stages=3 if weight.bits == 4 else 4,
     )  # fmt: skip
     return out
 
