@@ -7,7 +7,7 @@ NATIVE := hatch_build.py $(shell find pagoda/csrc -name '*.cpp' -o -name '*.h' 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long check wheel bench bench-quick bench-scale clean
+.PHONY: help setup serve test test-long check wheel bench bench-quick bench-peers bench-scale clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,9 @@ bench: $(VENV)/.bench ## workloads W1 to W6 of the default model beside this mac
 
 bench-quick: $(VENV)/.bench ## two minutes: what moved since the last report
 	$(BIN)/python benchmarks/workloads.py --work W1,W2-512,W3,W5 --rounds 3 --compare
+
+bench-peers: $(VENV)/.bench ## beside llama.cpp, OpenVINO, vLLM and transformers, each installed under build/peers (ARGS="--work W1,W3" ...)
+	$(BIN)/python -m benchmarks.peers --report $(ARGS)
 
 bench-scale: $(VENV)/.bench ## what scheduling costs by running requests and blocks
 	$(BIN)/python benchmarks/scale.py --report
