@@ -17,6 +17,7 @@ from pagoda.layers.batch import Batch
 from pagoda.layers.linear import Linear
 from pagoda.layers.norm import RmsNorm
 from pagoda.layers.rope import Rope, RopeSpec
+from pagoda.loader.place import Place
 from pagoda.quant.scheme import Precision
 
 __all__ = ["Attention", "AttentionSpec", "KvPlace"]
@@ -63,6 +64,14 @@ class Attention:
         if self.q_norm and self.k_norm:
             found |= self.q_norm.slots(f"{prefix}q_norm") | self.k_norm.slots(f"{prefix}k_norm")
         return found
+
+    def finish(self, place: Place) -> None:
+        """Called once when every tensor of the model is loaded."""
+        self.qkv.finish()
+        self.out.finish()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.finish(place)
 
     def __call__(self, x_TD: Any, batch: Batch, *, residual: Any = None) -> Any:
         """-> (T, hidden): attention's output projected, plus `residual`."""

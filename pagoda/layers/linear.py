@@ -32,7 +32,7 @@ class Linear:
         self._sources: dict[str, SourceTensor] = {}
         self._pieces: list[tuple[slice, Scheme, Weight]] = []
         self._biases = {name: Vector(size) for name, size in parts.items()} if bias else {}
-        self._bias_N: np.ndarray | None = None
+        self._bias_N: Any = None
 
     def slots(self, prefix: str) -> dict[str, Any]:
         """`{prefix}{part}.weight` and `.bias` -> slot. A single part may be called "" (the prefix is its name)."""
@@ -86,7 +86,8 @@ class Linear:
     def finish(self) -> None:
         """Called once when every tensor of the model is loaded."""
         if self._biases:
-            self._bias_N = np.concatenate([bias.array for bias in self._biases.values()])
+            bias_N = np.concatenate([bias.array for bias in self._biases.values()])
+            self._bias_N = self._precision.place.vector(bias_N, is_addend=True)
 
     def __call__(self, x_TK: Any, *, residual: Any = None, out: Any = None) -> Any:
         """-> y_TN float32, parts side by side; `residual` (T, N) is added."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from pagoda.kernels import ops
 from pagoda.layers.parameter import Vector
+from pagoda.loader.place import Place
 
 __all__ = ["RmsNorm"]
 
@@ -19,6 +20,10 @@ class RmsNorm:
 
     def slots(self, prefix: str) -> dict[str, Any]:
         return {f"{prefix}.weight": self.weight}
+
+    def finish(self, place: Place) -> None:
+        """Called once when the weight is loaded."""
+        self.weight.array = place.vector(self.weight.array)
 
     def __call__(self, x_TD: Any, *, out: Any = None) -> Any:
         return ops.rms_norm(x_TD, self.weight.array, eps=self._eps, out=out)

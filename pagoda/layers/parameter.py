@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pagoda.loader.slot import check_shape
@@ -18,7 +20,7 @@ class Vector:
         self.is_loaded = False
         self.is_optional = False
         self._plus_one = plus_one
-        self.array = np.empty(size, np.float32)
+        self.array: Any = np.empty(size, np.float32)
 
     @property
     def is_packed(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pagoda.kernels import ops
+from pagoda.loader.place import Place
 
 __all__ = ["Rope", "RopeSpec", "rope_table"]
 
@@ -65,12 +66,15 @@ class Rope:
     """Shares one table among the layers that turn alike."""
 
     def __init__(self, spec: RopeSpec, num_positions: int, head_dim: int) -> None:
-        self._table_PR = rope_table(spec, num_positions)
+        self._table_PR: Any = rope_table(spec, num_positions)
         self._head_dim = head_dim
 
     @property
     def nbytes(self) -> int:
         return int(self._table_PR.nbytes)
+
+    def finish(self, place: Place) -> None:
+        self._table_PR = place.vector(self._table_PR)
 
     def __call__(self, x_TD: Any, positions_T: Any) -> Any:
         """Turns every head of `x_TD` in place."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import ml_dtypes
 import numpy as np
 
 from pagoda.base.errors import ModelFileError
@@ -83,12 +84,21 @@ def _check_complete(slots: Mapping[str, Slot], files: GgufFile | SafetensorsFile
         raise ModelFileError(f"lacks the tensors for {shown}; the file is incomplete or of another architecture", path=files.path)
 
 
-def load_dummy(slots: Mapping[str, Slot], *, seed: int = 0) -> None:
-    """Random weights of the right shapes, for measuring speed: norms are one, the rest small and normal."""
+_TILE = 4_194_301  # a prime, so that rows differ
+
+
+def load_dummy(slots: Mapping[str, Slot], *, seed: int = 0, is_tiled: bool = False) -> None:
+    """Random weights of the right shapes, for measuring speed: norms are one, the rest small and normal.
+
+    `is_tiled` repeats one piece of four million numbers, in bfloat16: a large model is there in seconds.
+    """
     rng = np.random.default_rng(seed)
+    tile = (rng.standard_normal(_TILE, dtype=np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16) if is_tiled else None
     for name, slot in slots.items():
         if len(slot.shape) == 1:
             array = np.ones(slot.shape, np.float32) if name.endswith("norm.weight") else np.zeros(slot.shape, np.float32)
+        elif tile is not None:
+            array = np.resize(tile, slot.shape)
         else:
             array = rng.standard_normal(slot.shape, dtype=np.float32) * np.float32(0.02)
         slot.load(SourceTensor(name, array, slot.shape))

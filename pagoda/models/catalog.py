@@ -19,6 +19,7 @@ from pagoda.base.registry import nearest
 from pagoda.files.gguf import GgufFile, read_gguf
 from pagoda.files.safetensors import SafetensorsFile, read_safetensors
 from pagoda.loader.names import NameMap, gguf_names
+from pagoda.loader.place import HOST, Place
 from pagoda.loader.tensor import SourceTensor
 from pagoda.loader.weights import Progress, Transform, load_dummy, load_weights
 from pagoda.models import gguf
@@ -110,14 +111,15 @@ def build_model(
     activations: Literal["int8", "int16"] = "int16",
     load_format: str = "auto",
     mesh: Mesh | None = None,
+    place: Place = HOST,
     dequantize: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """The model with its weights packed. `dtype` is that of unquantized weights; with `dequantize` there are no others."""
-    precision = Precision(dtype) if dequantize else Precision(dtype, quantization, activations)
+    precision = Precision(dtype, place=place) if dequantize else Precision(dtype, quantization, activations, place)
     model = Decoder(source.spec, precision=precision, max_positions=max_positions, mesh=mesh)
     if load_format == "dummy":
-        load_dummy(model.slots())
+        load_dummy(model.slots(), is_tiled=place is not HOST)
     else:
         files = source.open_weights()
         transform = gguf.row_order(source.gguf_file, source.spec) if source.gguf_file else None

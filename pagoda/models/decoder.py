@@ -19,6 +19,7 @@ from pagoda.layers.embedding import VocabTable
 from pagoda.layers.mlp import Mlp
 from pagoda.layers.norm import RmsNorm
 from pagoda.layers.rope import Rope, RopeSpec
+from pagoda.loader.place import Place
 from pagoda.loader.slot import Slot
 from pagoda.models.spec import BlockSpec, ModelSpec, kv_places
 from pagoda.quant.scheme import Precision
@@ -79,6 +80,14 @@ class _Block:
             return self.mlp(h_TD, residual=x_TD)
         return ops.add(x_TD, self.mlp_post_norm(self.mlp(h_TD)))
 
+    def finish(self, place: Place) -> None:
+        for norm in (self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm):
+            if norm is not None:
+                norm.finish(place)
+        self.attention.finish(place)
+        self.mlp.gate_up.finish()
+        self.mlp.down.finish()
+
     def linears(self) -> list[Any]:
         return [self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down]
 
@@ -90,6 +99,7 @@ class Decoder:
         mesh = mesh or Mesh()
         assert mesh.pp.size == 1, "pipeline stages come with the communicators"
         self.spec = spec
+        self._precision = precision
         places = kv_places(spec.facts().kv_groups)
         ropes: dict[RopeSpec, Rope] = {}
         self._blocks = []
@@ -111,9 +121,9 @@ class Decoder:
         return found
 
     def finish(self) -> None:
-        for block in self._blocks:
-            for linear in block.linears():
-                linear.finish()
+        place = self._precision.place
+        for part in (*self._blocks, *self._ropes, self._norm):
+            part.finish(place)
 
     @property
     def nbytes(self) -> int:

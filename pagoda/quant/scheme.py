@@ -15,14 +15,15 @@ from typing import Any, Literal, Protocol
 from pagoda.base.registry import Registry
 from pagoda.kernels import ops
 from pagoda.kernels.gguf_blocks import BLOCK_SIZES
-from pagoda.kernels.weight import GgmlRows, Weight, pack, width_unit
+from pagoda.kernels.weight import GgmlRows, Weight, width_unit
+from pagoda.loader.place import HOST, Place
 from pagoda.loader.tensor import SourceTensor
 
 __all__ = ["SCHEMES", "Precision", "Scheme", "not_kept", "scheme_for"]
 
 _PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
 KEPT_BLOCK_FORMATS = {name.upper(): name for name in ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")}
-DENSE_FORMATS = {"float32": "f32", "bfloat16": "bf16"}
+DENSE_FORMATS = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}  # float16 exists on a GPU only, whose place narrows it
 QUANTIZED_FORMATS = {"int8": "q8_0", "int4": "q4_1"}
 
 # What `int4` leaves alone in a matrix and, because the vocabulary's table is worth eight bits, in a table.
@@ -35,13 +36,16 @@ class Precision:
     """What the user asked of a model's weights and products."""
 
     dtype: str
-    """Of weights that stay floats: "float32" or "bfloat16"."""
+    """Of weights that stay floats: "float32" or "bfloat16"; on a GPU "float16" too."""
 
     quantization: Literal["int8", "int4"] | None = None
     """Blocks of 8 or of 4 bits made while loading; None: as the checkpoint has them."""
 
     activations: Literal["int8", "int16"] = "int16"
     """What block formats multiply with."""
+
+    place: Place = HOST
+    """Where weights go once they are read."""
 
 
 class Scheme(Protocol):
@@ -77,7 +81,7 @@ class _Dense:
         return f"{stored}_a8" if precision.activations == "int8" else stored
 
     def pack(self, parts: list[SourceTensor], precision: Precision, *, is_table: bool = False) -> Weight:
-        return pack(self.format_of(parts[0], precision, is_table=is_table), [part.array for part in parts])
+        return precision.place.weight(self.format_of(parts[0], precision, is_table=is_table), [part.array for part in parts])
 
     def apply(self, x_TK: Any, weight: Weight, bias_N: Any, *, residual: Any, out: Any) -> Any:
         return ops.linear(x_TK, weight, bias_N, residual=residual, out=out)
@@ -90,7 +94,7 @@ class _GgufBlocks(_Dense):
 
     def pack(self, parts: list[SourceTensor], precision: Precision, *, is_table: bool = False) -> Weight:
         rows = [GgmlRows(part.ggml_type, part.array) for part in parts if part.ggml_type]
-        return pack(self.format_of(parts[0], precision, is_table=is_table), rows)
+        return precision.place.weight(self.format_of(parts[0], precision, is_table=is_table), rows)
 
 
 SCHEMES: Registry[Scheme] = Registry("quantization")
