@@ -22,7 +22,7 @@ import numpy as np
 
 from pagoda.kernels import gguf_blocks, ops
 from pagoda.kernels.cpu import library
-from pagoda.kernels.kv import allocate_kv_plane
+from pagoda.kernels.kv import DTYPES, allocate_kv_plane, bytes_per_block
 from pagoda.kernels.record import Recorder
 from pagoda.kernels.weight import FORMATS, GgmlRows, Weight, pack, packed_nbytes, storage_of, width_unit
 
@@ -83,13 +83,12 @@ def _attention(dtype: str, seqs: int, queries: int, context: int) -> Row:
         lens = recorder.input(np.full(seqs, context, np.int32), rows="S")
         for _ in range(times):
             cache = allocate_kv_plane(dtype=dtype, block_size=block, num_blocks=seqs * pages, num_kv_heads=heads, head_dim=dim)
-            cache.k[...] = 1
-            cache.v[...] = 1
+            cache.k.view(np.uint8)[...] = cache.v.view(np.uint8)[...] = 63  # about 0.75 in every type, scales of int8 included
             out.append(ops.attention(q, cache, recorder.input(table, rows="S"), starts, lens, scale=0.125, head_dim=dim))
         return out
 
-    nbytes = 2 * seqs * context * heads * dim * (2 if dtype == "bfloat16" else 4) + 8 * rows * heads * group * dim
-    copies = 8 if queries == 1 else 1
+    nbytes = pages * seqs * bytes_per_block(dtype=dtype, block_size=block, num_kv_heads=heads, head_dim=dim) + 8 * rows * heads * group * dim
+    copies = max(2, min(64, int(COLD_BYTES / nbytes))) if queries == 1 else 1
     return Row("attention", f"{dtype} {seqs} seqs x {queries} of {context}", copies, rows, build, nbytes, 4.0 * dim * heads * group * pairs)
 
 
@@ -137,7 +136,7 @@ def _kv_write(rows: int, dtype: str) -> Row:
         x, slots = _x(recorder, rows, 192), recorder.input(np.arange(rows), rows="T")
         return lambda: ops.kv_write(x, x, cache, slots)
 
-    return _simple("kv_write", f"{dtype} {rows}x192", rows, call, 2 * rows * 192 * (6 if dtype == "bfloat16" else 8))
+    return _simple("kv_write", f"{dtype} {rows}x192", rows, call, 2 * rows * 192 * (4 + DTYPES[dtype].itemsize))
 
 
 def _embedding(rows: int, format: str) -> Row:
@@ -177,8 +176,9 @@ def _rows() -> list[Row]:
     shapes = {1: ((576, 3072), (1536, 576)), 32: ((576, 3072), (1536, 576)), 256: ((512, 3072), (1536, 576))}
     rows = [_linear(f, t, k, n) for f in FORMATS for k, n in shapes[width_unit(f)] for t in (1, 4, 32, 512)]
     rows += [_linear("q8_0", t, 576, 49152) for t in (1, 32)]
-    for dtype in ("bfloat16", "float32"):
-        rows += [_attention(dtype, *s) for s in ((1, 1, 128), (1, 1, 2048), (32, 1, 256), (1, 512, 512), (1, 2048, 2048))]
+    for dtype in DTYPES:
+        decode = ((1, 1, 128), (1, 1, 2048), (1, 1, 8192), (16, 1, 256), (32, 1, 192))
+        rows += [_attention(dtype, *s) for s in (*decode, (1, 512, 512), (1, 2048, 2048))]
         rows.append(_kv_write(32, dtype))
     for t in (1, 32, 512):
         rows += list(_pointwise(t))

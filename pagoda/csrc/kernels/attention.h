@@ -8,7 +8,7 @@
 //     l = l + p  (16 lanes);                        o = o + p v,  key after key
 //
 // where m is the largest score of the first tile, raised only when a score is above it by more than 8: until then the numbers
-// are as good, and raising costs a pass over o. The sum that makes a score begins with -m, unless scores are capped. At absolute positions 512, 1024, ... a row starts afresh, and its parts are
+// are as good, and raising costs a pass over o. The sum that makes a score begins with -m, unless scores are capped. At absolute positions 1024, 2048, ... a row starts afresh, and its parts are
 // merged from the first to the last, whoever computed them: so a long context can be shared out among threads.
 //
 // A row's numbers depend on its own keys only: a key it does not see adds p = 0, a tile it does not see leaves m, l
@@ -17,7 +17,7 @@
 #pragma once
 
 struct AttentionSizes {
-    static constexpr int64_t kRows = 48, kKeys = 64, kGroups = kKeys / 16, kPart = 512;
+    static constexpr int64_t kRows = 48, kKeys = 64, kGroups = kKeys / 16, kPart = 1024;
     // A row's state is [o: dim, padded][l: 16][m, is_used, unused: 16].
     static int64_t state_floats(int64_t dim) { return round_up(dim, 16) + 32; }
     static int64_t thread_bytes(int64_t dim) {
@@ -58,6 +58,21 @@ struct AttentionWork : AttentionSizes {
 
     bool is_right(int64_t s) const {
         return starts[s] >= 0 && starts[s] <= starts[s + 1] && starts[s + 1] <= c.t[0].rows && lens[s] >= starts[s + 1] - starts[s];
+    }
+
+    // Task n of the sequence: which head, and which part or tile of rows, the last first.
+    int64_t tiles() const { return at.parts ? at.parts : at.tiles; }
+    int64_t head_of(int64_t n) const { return n / tiles(); }
+    int64_t tile_of(int64_t n) const { return tiles() - 1 - n % tiles(); }
+
+    // Where the keys of a task lie: from `key` to before `end`, which is 0 for no task.
+    struct Place {
+        int64_t sequence = 0, head = 0, key = 0, end = 0;
+    };
+    Place place(int64_t n) const {
+        const int64_t first_row = at.parts ? 0 : tile_of(n) * per, to = at.keys - at.queries + first_row / group + 1;
+        const int64_t low = window > 0 && to > window ? to - window : 0, part = at.parts ? (at.first_part + tile_of(n)) * kPart : 0;
+        return {at.index, head_of(n), part > low ? part : low, at.keys};
     }
 
     // Moves to the next sequence; false after the last one.
@@ -119,9 +134,11 @@ struct Attention : AttentionSizes {
     float *start, *limit, *none;   // [kRows] -m; the s above which m is raised; zeros
     const char* keys[kGroups];   // of the current tile
     const Element* values[kGroups];
-    // Of the tile after it, if there is one. It is asked for line by line while this one is worked on: pages lie anywhere,
-    // so the hardware cannot guess them.
+    // Of the tile after it, here or in the task that is likely next. It is asked for line by line while this one is worked on:
+    // pages lie anywhere, so the hardware cannot guess them.
     bool fetch = false;
+    int64_t keys_end = 0;         // of this task
+    AttentionWork::Place after;   // of the next one
     const char *next_keys[kGroups], *next_values[kGroups];
 
     Attention(const Call& call, int tid, int num_threads)
@@ -151,6 +168,9 @@ struct Attention : AttentionSizes {
         if (phase == 0) {
             while (take(c, INT64_MAX / 2, 1, &next, &end)) {
                 if (!work.find(next)) return;
+                AttentionWork ahead = work;
+                const int64_t guess = upcoming(c) + num_threads - 1;   // the others take one each before this thread does again
+                after = ahead.find(guess) ? ahead.place(guess - ahead.before) : AttentionWork::Place{};
                 task(work, next - work.before);
             }
             return;
@@ -178,8 +198,7 @@ struct Attention : AttentionSizes {
 
     void task(const AttentionWork& work, int64_t n) {
         const AttentionWork::Sequence& at = work.at;
-        const int64_t tiles = at.parts ? at.parts : at.tiles, head = n / tiles, tile = tiles - 1 - n % tiles;
-        const int64_t first = at.parts ? 0 : tile * work.per, left = at.queries * group - first;
+        const int64_t head = work.head_of(n), tile = work.tile_of(n), first = at.parts ? 0 : tile * work.per, left = at.queries * group - first;
         const int rows = int(left < work.per ? left : work.per);
         int64_t low = INT64_MAX, high = 0;
         for (int a = 0; a < rows; ++a) {
@@ -196,12 +215,13 @@ struct Attention : AttentionSizes {
         for (int a = 0; first_part < last_part && a < rows; ++a) clear(total + a * state_size);
         for (int64_t part = first_part; part <= last_part; ++part) {
             const int64_t begin = part * kPart > low ? part * kPart : low, stop = (part + 1) * kPart < high ? (part + 1) * kPart : high;
+            keys_end = part < last_part ? high : stop;
             for (int a = 0; a < rows; ++a) {
                 clear(now + a * state_size);
                 start[a] = 0.0f;
                 limit[a] = -INFINITY;
             }
-            if (!walk(at, head, rows, begin, stop, part < last_part ? high : stop)) return;
+            if (!walk(at, head, rows, begin, stop)) return;
             for (int a = 0; a < rows; ++a) {
                 float* state = now + a * state_size;
                 state[wide + 17] = from[a] < stop && to[a] > begin ? 1.0f : 0.0f;
@@ -246,13 +266,14 @@ struct Attention : AttentionSizes {
         if (d < dim) store_n(y + d, mul(load(state + d), inverse), dim - d);
     }
 
-    // Keys [low, high) for all rows; `after` is where the keys end that follow.
-    bool walk(const AttentionWork::Sequence& at, int64_t head, int rows, int64_t low, int64_t high, int64_t after) {
+    // Keys [low, high) for all rows.
+    bool walk(const AttentionWork::Sequence& at, int64_t head, int rows, int64_t low, int64_t high) {
         for (int64_t base = low / kKeys * kKeys; base < high; base += kKeys) {
             const int64_t begin = low > base ? low - base : 0, stop = high - base < kKeys ? high - base : kKeys;
             const int first = int(begin / 16), last = int((stop + 15) / 16);
             if (!find_pages(at.index, head, base, first, last)) return false;
-            find_next(at.index, head, base + kKeys, after);
+            if (base + kKeys < keys_end) find_next(at.index, head, base + kKeys, keys_end);
+            else find_next(after.sequence, after.head, after.key / kKeys * kKeys, after.end);
             if constexpr (Kind::kUnpacks) unpack(first, last);
             tile(rows, base, begin, stop);
         }

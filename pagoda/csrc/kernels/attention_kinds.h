@@ -113,7 +113,7 @@ struct Bf16Cache {
 
 struct Int8Cache {
     using Element = uint16_t;
-    static constexpr int kPair = 2, kScoreRows = kTileRows > 1 ? kTileRows / 2 : 1;   // two accumulators each
+    static constexpr int kPair = 2, kScoreRows = kTileRows > 3 ? kTileRows / 3 : 1;   // two accumulators each
     static constexpr float kUnit = Bf16Cache::kUnit;
     static constexpr bool kUnpacks = true;
 
@@ -125,23 +125,28 @@ struct Int8Cache {
     };
     static int64_t query_bytes(int64_t dim) { return int64_t(sizeof(Query)) + 2 * dim; }
     static void load_query(const float* x, float scale, int64_t dim, char* q) {
-        float most = 0, bad = 0;
-        for (int64_t d = 0; d < dim; ++d) {
-            const float size = x[d] < 0 ? -x[d] : x[d];
-            most = size > most ? size : most;
-            bad += x[d] * 0.0f;   // NaN for what is not finite
-        }
-        const bool is_zero = !(most >= 1e-30f) || bad != 0.0f;
-        const float inverse = is_zero ? 0.0f : 32639.0f / most;   // 127 * 256 + 127
-        Query head = {bad != 0.0f ? bad : scale * (most * (1.0f / 32639.0f)), 0, 0, 0};
+        float padded[512 + 32] = {};
+        memcpy(padded, x, size_t(dim) * 4);
+        const float most = largest_of(padded, dim), inverse = is_divisor(most) ? 32639.0f / most : 0.0f;   // 127 * 256 + 127
+        Query head = {scale * (most < INFINITY ? most * (1.0f / 32639.0f) : NAN), 0, 0, 0};
+        i32x16 highs = iset1(0), lows = iset1(0);
         int8_t* digits = (int8_t*)q + sizeof(Query);
-        for (int64_t d = 0; d < dim; ++d) {
-            const int32_t n = is_zero ? 0 : int32_t(lrintf(x[d] * inverse)), high = (n + 128) >> 8, low = n - high * 256;
-            digits[8 * (d / 4) + d % 4] = int8_t(high);
-            digits[8 * (d / 4) + d % 4 + 4] = int8_t(low);
-            head.high -= 128 * high;
-            head.low -= 128 * low;
+        for (int64_t d = 0; d < dim; d += 16) {
+            const f32x16 v = load(padded + d), n = inverse > 0 ? to_f32(round_i32(mul(v, set1(inverse)))) : zero();
+            const i32x16 high = round_i32(mul(add(n, set1(0.5f)), set1(1.0f / 256.0f)));   // never a tie
+            const i32x16 low = round_i32(sub(n, mul(to_f32(high), set1(256.0f))));
+            int8_t h[16], l[16];
+            store_i8(h, high);
+            store_i8(l, low);
+            highs = iadd(highs, high);
+            lows = iadd(lows, low);
+            for (int64_t k = 0; k < 16 && d + k < dim; k += 4) {
+                memcpy(digits + 2 * (d + k), h + k, 4);
+                memcpy(digits + 2 * (d + k) + 4, l + k, 4);
+            }
         }
+        head.high = -128 * sum_lanes(highs);
+        head.low = -128 * sum_lanes(lows);
         memcpy(q, &head, sizeof head);
     }
     template <int kR, int kP, bool kFetch>
@@ -155,19 +160,22 @@ struct Int8Cache {
                 high[b][p] = load_word(q + b * q_bytes + 4);
                 low[b][p] = load_word(q + b * q_bytes + 8);
             }
+#pragma GCC unroll 4
         for (int64_t d = 0; d < dim / 4; ++d) {
             if constexpr (kFetch)
 #pragma GCC unroll 4
                 for (int p = 0; p < kP; ++p) __builtin_prefetch(next[p] + 64 * d, 0, 2);
+            u8x64 column[kP];
+#pragma GCC unroll 4
+            for (int p = 0; p < kP; ++p) column[p] = load_bytes(keys[p] + 64 * d);
 #pragma GCC unroll 8
             for (int b = 0; b < kR; ++b) {
                 const char* digits = q + b * q_bytes + sizeof(Query) + 8 * d;
                 const i32x16 h = load_word(digits), l = load_word(digits + 4);
 #pragma GCC unroll 4
                 for (int p = 0; p < kP; ++p) {
-                    const u8x64 k = load_bytes(keys[p] + 64 * d);
-                    high[b][p] = dot_u8(high[b][p], k, h);
-                    low[b][p] = dot_u8(low[b][p], k, l);
+                    high[b][p] = dot_u8(high[b][p], column[p], h);
+                    low[b][p] = dot_u8(low[b][p], column[p], l);
                 }
             }
         }

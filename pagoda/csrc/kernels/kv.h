@@ -15,18 +15,26 @@ struct Cache {
     }
 };
 
+// The largest |x|; +inf when there is an infinity or a NaN. `x` is followed by zeros up to the next multiple of 32.
+PG_INLINE float largest_of(const float* x, int64_t n) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < n; i += 32) {
+        const int32_t here = largest_magnitude(load(x + i), load(x + i + 16));
+        most = here > most ? here : most;
+    }
+    float value;
+    memcpy(&value, &most, 4);
+    return value < INFINITY ? value : INFINITY;
+}
+PG_INLINE bool is_divisor(float most) { return most >= 1e-30f && most < INFINITY; }
+
 // Eight bits and a scale: what is not finite makes the scale NaN; what is too small to divide by becomes zero, of scale 1.
 PG_INLINE float to_int8(const float* x, int64_t n, int8_t* y) {
-    float most = 0, bad = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const float size = x[i] < 0 ? -x[i] : x[i];
-        most = size > most ? size : most;
-        bad += x[i] * 0.0f;   // NaN for what is not finite
-    }
-    const bool is_zero = bad != 0.0f || most < 1e-30f;
-    const float inverse = is_zero ? 0.0f : 127.0f / most;
-    for (int64_t i = 0; i < n; ++i) y[i] = is_zero ? 0 : int8_t(lrintf(x[i] * inverse));
-    return bad != 0.0f ? bad : is_zero ? 1.0f : most / 127.0f;
+    float padded[512 + 32] = {};
+    memcpy(padded, x, size_t(n) * 4);
+    const float most = largest_of(padded, n), inverse = is_divisor(most) ? 127.0f / most : 0.0f;
+    for (int64_t i = 0; i < n; i += 16) store_i8(y + i, inverse > 0 ? round_i32(mul(load(padded + i), set1(inverse))) : iset1(0));
+    return most < INFINITY ? (inverse > 0 ? most / 127.0f : 1.0f) : NAN;
 }
 
 struct kv_write_op : SimpleOp {
@@ -65,7 +73,7 @@ struct kv_write_op : SimpleOp {
     }
 
     static void write_int8(const float* k, const float* v, int64_t dim, int64_t lane, char* keys, char* values) {
-        int8_t bytes[512];
+        int8_t bytes[512 + 16];
         const float key_scale = to_int8(k, dim, bytes);
         for (int64_t d = 0; d < dim; ++d) keys[64 * (d / 4) + 4 * lane + d % 4] = char(uint8_t(bytes[d] + 128));
         const float value_scale = to_int8(v, dim, bytes);
