@@ -48,12 +48,12 @@ def main() -> None:
     if offline:
         workers = start_workers(contenders, args.threads, args.kv_tokens, absent)
         try:
-            samples |= run_rounds(contenders, workers, offline, args.rounds, args.threads, keep_slow=args.keep_slow)
+            samples |= run_rounds(contenders, workers, offline, args.rounds, args.threads, keep_slow=args.keep_slow, quiet_s=args.wait_quiet)
         finally:
             for worker in workers.values():
                 worker.close()
     if "W6" in args.work:
-        samples["W6"] = run_w6(contenders, args.rounds, args.threads, args.kv_tokens, absent, keep_slow=args.keep_slow)
+        samples["W6"] = run_w6(contenders, args.rounds, args.threads, args.kv_tokens, absent, keep_slow=args.keep_slow, quiet_s=args.wait_quiet)
     result["seconds"] = time.perf_counter() - started
     result["versions"] = versions(args.peers)
     if args.onto:
@@ -101,6 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every engine (default: all %(default)s cores)")
     parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens of KV cache for every engine (default: %(default)s)")
     parser.add_argument("--keep-slow", action="store_true", help="ask contenders that are far behind in every round, too")
+    parser.add_argument("--wait-quiet", type=float, default=5.0, metavar="SECONDS", help="wait that long for others to leave the cores (default: %(default)s)")
     parser.add_argument("--onto", type=Path, metavar="FILE", help="take what this run does not measure from an earlier one's JSON (build/peers/last.json)")
     parser.add_argument("--report", action="store_true", help="write docs/benchmarks/DATE-peers.md, with samples and a plot")
     args = parser.parse_args()

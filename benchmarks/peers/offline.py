@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.peers.contenders import Contender
 from benchmarks.peers.environments import CACHE, PeerAbsent, llama_program
-from benchmarks.peers.session import Others, Worker
+from benchmarks.peers.session import Others, Worker, wait_quiet
 from benchmarks.workloads import ids, requests
 
 __all__ = ["LLAMA_BENCH", "SLOW", "Sample", "Samples", "figures", "log_of", "run_rounds", "start_workers", "too_slow"]
@@ -52,7 +52,8 @@ def log_of(contender: Contender, what: str = "worker") -> Path:
 
 
 def run_rounds(
-    contenders: Sequence[Contender], workers: dict[str, Worker], workloads: Sequence[str], rounds: int, num_threads: int, *, keep_slow: bool
+    contenders: Sequence[Contender], workers: dict[str, Worker], workloads: Sequence[str], rounds: int, num_threads: int,
+    *, keep_slow: bool, quiet_s: float,
 ) -> Samples:
     """All samples, by workload and contender's name. A worker that fails is told and left out from then on."""
     samples: Samples = defaultdict(lambda: defaultdict(list))
@@ -61,8 +62,10 @@ def run_rounds(
         for workload in workloads:
             todo = [c for c in contenders if c.name in workers and workload not in c.skips and (workload, c.name) not in slow]
             for contender in todo[round % max(len(todo), 1) :] + todo[: round % max(len(todo), 1)]:
+                wait_quiet(quiet_s)
                 _measure(contender, workers, workload, round, samples)
             if workload == "W1":
+                wait_quiet(quiet_s)
                 _run_llama_bench(contenders, round, num_threads, samples)
             if round == 0 and not keep_slow:
                 slow |= {(workload, name) for name in too_slow(todo, samples[workload])}

@@ -123,7 +123,8 @@ def compare(reference: _Said, said: _Said, targets_T: np.ndarray) -> Quality:
 
 def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
     logits_TV = logits_TV - logits_TV.max(axis=1, keepdims=True)
-    return logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    logp_TV: np.ndarray = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return logp_TV
 
 
 def _without_eos(tokens: list[int]) -> list[int]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.peers.contenders import Contender
 from benchmarks.peers.environments import ROOT, PeerAbsent, llama_program, python_of
 from benchmarks.peers.offline import SLOW, Sample, Samples, log_of
-from benchmarks.peers.session import Others, Worker, end_group, peak_mib
+from benchmarks.peers.session import Others, Worker, end_group, peak_mib, wait_quiet
 from benchmarks.workloads import ids, requests, run_server
 
 __all__ = ["HAS_SERVER", "run_memory", "run_starts", "run_w6"]
@@ -87,7 +87,7 @@ class Server:
 
 
 def run_w6(
-    contenders: Sequence[Contender], rounds: int, num_threads: int, kv_tokens: int, absent: dict[str, str], *, keep_slow: bool
+    contenders: Sequence[Contender], rounds: int, num_threads: int, kv_tokens: int, absent: dict[str, str], *, keep_slow: bool, quiet_s: float
 ) -> dict[str, list[Sample]]:
     """Samples by contender's name. A peer far behind the fastest is asked once, unless `keep_slow`."""
     servers: dict[str, Server] = {}
@@ -106,6 +106,7 @@ def run_w6(
         for round in range(rounds):
             names = list(servers)
             for name in names[round % max(len(names), 1) :] + names[: round % max(len(names), 1)]:
+                wait_quiet(quiet_s)
                 servers[name].resume()
                 found[name].append(_load(servers[name], round))
                 servers[name].pause()

@@ -18,8 +18,9 @@ from typing import Any
 
 from benchmarks.peers.environments import ROOT, PeerAbsent
 
-__all__ = ["Others", "Worker", "end_group", "peak_mib", "tree_of"]
+__all__ = ["Others", "Worker", "end_group", "peak_mib", "tree_of", "wait_quiet"]
 
+_MOMENT, _QUIET_CORES = 0.25, 0.1
 _HZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -125,6 +126,16 @@ class Others:
 
     def cores(self) -> float:
         return max(0.0, _busy_outside() - self._busy) / max(time.perf_counter() - self._at, 1e-3)
+
+
+def wait_quiet(limit_s: float) -> None:
+    """Until others leave the cores alone for a moment, or the limit has passed. Our engines are stopped meanwhile."""
+    deadline = time.perf_counter() + limit_s
+    while time.perf_counter() < deadline:
+        others = Others()
+        time.sleep(_MOMENT)
+        if others.cores() < _QUIET_CORES:
+            return
 
 
 def _busy_outside() -> float:
