@@ -36,6 +36,7 @@ class Verdict:
     ours: float
     theirs: float
     peer: str
+    others: float = 0.0  # cores that others kept busy: the median of our runs or of the peer's, whichever is more
     quality: float | None = None  # our KL divergence over the peer's at the same precision; None: not scored in this run
 
     @property
@@ -85,13 +86,13 @@ def judge(
     """A verdict for each bar that both sides were measured for."""
     verdicts = []
     for bar in BARS:
-        medians = medians_of(samples, bar.workload, bar.figure)
+        medians, busy = (medians_of(samples, bar.workload, figure) for figure in (bar.figure, "others"))
         for precision in bar.wanted:
-            ours = ours_of(precision)
+            ours, ratio = ours_of(precision), quality_ratio(precision, quality)
             peers = {name: medians[name] for name in _rivals(bar, precision, medians)}
             if ours in medians and peers:
                 peer = (max if bar.is_rate else min)(peers, key=lambda name: peers[name])
-                verdicts.append(Verdict(bar, precision, medians[ours], peers[peer], peer, quality_ratio(precision, quality)))
+                verdicts.append(Verdict(bar, precision, medians[ours], peers[peer], peer, max(busy.get(ours, 0.0), busy.get(peer, 0.0)), ratio))
     return verdicts
 
 

@@ -54,6 +54,8 @@ def test_decode_is_held_against_llama_bench_of_the_same_precision() -> None:
         "llama-bench BF16": [{"decode tok/s": 100.0}], "llama-bench Q8_0": [{"decode tok/s": 300.0}],
     }}  # fmt: skip
     assert _verdicts(samples) == {("bf16", "llama-bench BF16"): "met"}
+    samples["W1"]["llama-bench BF16"][0]["others"] = 0.5
+    assert [v.others for v in judge(samples, None)] == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_a_report_says_what_was_met_and_who_was_absent() -> None:
         "seconds": 60.0, "samples": samples, "absent": {"vllm bf16": "no wheel"},
     }  # fmt: skip
     text = report.markdown(result, None)
-    assert "| W3 | out tok/s | bf16 | 2000 | 1000 (openvino bf16) | >= 1.7x | 2.00x | met |" in text
+    assert "| W3 | out tok/s | bf16 | 2000 | 1000 (openvino bf16) | >= 1.7x | 2.00x | 0.00 | met |" in text
     assert "1 of 1 met" in text and "- vllm bf16: no wheel" in text and "openvino 1. 5 interleaved" in text
 
 
