@@ -31,7 +31,7 @@ enum Opcode {
 int opcode_of_mark() { return kOp_mark; }
 
 std::string Sequence::load(const pg_instruction* code, int64_t count, const Op* ops, int num_threads) {
-    is_planned_ = false;
+    has_rows_ = false;
     code_.assign(code, code + count);
     calls_.assign(size_t(count), Call{});
     tickets_.reset(new std::atomic<int64_t>[size_t(count) * kMaxPhases]);
@@ -63,10 +63,8 @@ std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], P
     for (size_t k = 0; k < code_.size() * kMaxPhases; ++k) tickets_[k].store(0, std::memory_order_relaxed);
     fault_.store(nullptr);
     progress_ = progress;
-    if (!(is_planned_ && rows_of && ops == ops_ && std::equal(rows_of, rows_of + 4, planned_rows_))) {
-        set_rows(ops, rows_of);
-        plan(ops, pool.size());
-    }
+    if (!(has_rows_ && rows_of && ops == ops_ && std::equal(rows_of, rows_of + 4, rows_))) set_rows(ops, rows_of);
+    plan(ops, pool.size());   // always: phases may depend on what operands hold, as on the lengths of sequences
     if (tracing_) {
         num_began_ = stage_end_.size() + 1;
         began_.reset(new std::atomic<int64_t>[num_began_]);
@@ -88,8 +86,8 @@ void Sequence::set_rows(const Op* ops, const int64_t rows_of[4]) {
         calls_[k].rows = domain < 0 ? 0 : in.t[domain].rows;
     }
     ops_ = ops;
-    is_planned_ = rows_of != nullptr;
-    if (rows_of) std::copy(rows_of, rows_of + 4, planned_rows_);
+    has_rows_ = rows_of != nullptr;
+    if (rows_of) std::copy(rows_of, rows_of + 4, rows_);
 }
 
 int64_t Sequence::times(int64_t* nanoseconds, int32_t* instructions, int64_t most) const {

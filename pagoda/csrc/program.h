@@ -49,9 +49,9 @@ class Sequence {
 
     std::vector<pg_instruction> code_;
     std::vector<Call> calls_;
-    std::vector<Item> items_;            // of this run: phases depend on the number of rows
-    int64_t planned_rows_[4] = {0, 0, 0, 0};   // most steps of a server have the rows of the one before
-    bool is_planned_ = false;
+    std::vector<Item> items_;            // of this run: phases depend on rows and on what operands hold
+    int64_t rows_[4] = {0, 0, 0, 0};     // of the last run: most steps of a server have those of the one before
+    bool has_rows_ = false;
     std::vector<uint32_t> stage_end_;    // stage s is items [stage_end[s - 1], stage_end[s])
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
     bool tracing_ = false;

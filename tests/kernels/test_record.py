@@ -225,3 +225,20 @@ def test_impossible_contents_are_a_fault_not_a_crash() -> None:
     starts, lens = np.array([0, 1], np.int32), np.array([20], np.int32)
     with pytest.raises(library.KernelFault, match="block table entry"):
         ops.attention(row, cache, np.array([[0, 2]], np.int32), starts, lens, scale=1.0, head_dim=8)
+
+
+def test_a_program_notices_that_a_context_has_grown_long() -> None:
+    """How an attention is cut into phases depends on lengths, which change while the numbers of rows do not."""
+    rng, pages = np.random.default_rng(0), 130
+    cache = allocate_kv_plane(dtype="bfloat16", block_size=16, num_blocks=pages, num_kv_heads=KV_HEADS, head_dim=DIM)
+    kv = normal(rng, 16 * pages, KV_HEADS * DIM)
+    ops.kv_write(kv, kv[::-1].copy(), cache, np.arange(16 * pages))
+    q, table, lens = normal(rng, 1, HEADS * DIM), np.arange(pages, dtype=np.int32)[None], np.array([1], np.int32)
+    starts = np.array([0, 1], np.int32)
+    recorder = Recorder(max_rows={"T": 1, "S": 1})
+    given = [recorder.input(array, rows=rows) for array, rows in ((q, "T"), (table, "S"), (lens, "S"))]
+    program = recorder.finish(outputs=[ops.attention(given[0], cache, given[1], starts, given[2], scale=0.25, head_dim=DIM)])
+    for length in (7, 1024, 1025, 2050, 100):
+        lens[0] = length
+        program.run(T=1, S=1)
+        np.testing.assert_array_equal(program.output(0), ops.attention(q, cache, table, starts, lens, scale=0.25, head_dim=DIM))
