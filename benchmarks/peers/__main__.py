@@ -14,11 +14,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.contenders import PEERS, PRECISIONS, chosen
-from benchmarks.peers.environments import CACHE, ROOT, versions
+from benchmarks.peers.contenders import PEERS, PRECISIONS, Contender, chosen
+from benchmarks.peers.environments import CACHE, ROOT, PeerAbsent, versions
 from benchmarks.peers.offline import run_rounds, start_workers
 from benchmarks.peers.quality import run_quality
 from benchmarks.peers.report import markdown, plot
@@ -33,8 +34,8 @@ _START_ROUNDS = 3
 def main() -> None:
     args = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that no engine stays behind
-    contenders = chosen(args.peers, args.precision)
     absent: dict[str, str] = {}
+    contenders = prepared(chosen(args.peers, args.precision), absent)
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "rounds": args.rounds, "absent": absent, "samples": {}}
     result |= {"threads": args.threads, "machine": machine_line(), "commands": [" ".join(["python -m benchmarks.peers", *sys.argv[1:]])]}
     samples, started = result["samples"], time.perf_counter()
@@ -59,6 +60,19 @@ def main() -> None:
     if args.onto:
         result = merged(json.loads(args.onto.read_text(encoding="utf-8")), result)
     _write(result, args.report)
+
+
+def prepared(contenders: Sequence[Contender], absent: dict[str, str]) -> list[Contender]:
+    """Those whose environment and model are there now; the others are told once."""
+    found = []
+    for contender in contenders:
+        try:
+            contender.prepare()
+            found.append(contender)
+        except PeerAbsent as error:
+            absent[contender.name] = str(error)
+            print(f"absent: {contender.name}: {error}", flush=True)
+    return found
 
 
 def merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

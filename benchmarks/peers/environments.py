@@ -6,6 +6,7 @@ library, llama-server, llama-bench and llama-quantize. The Python bindings then 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -36,13 +37,33 @@ class PeerAbsent(Exception):
 
 
 def ensure(name: str) -> Path:
-    """The folder of an environment that is ready. PeerAbsent when it cannot be made."""
+    """The folder of an environment that is ready. PeerAbsent when it cannot be made; that is tried once a run."""
+    if reason := _failure(name):
+        raise PeerAbsent(reason)
+    return CACHE / name
+
+
+def python_of(name: str) -> Path:
+    return CACHE / name / "venv/bin/python"
+
+
+@functools.cache
+def _failure(name: str) -> str:
+    """Why there is no such environment; empty when there is one."""
+    try:
+        _make(name)
+    except PeerAbsent as error:
+        return str(error)
+    return ""
+
+
+def _make(name: str) -> None:
     folder = CACHE / name
     folder.mkdir(parents=True, exist_ok=True)
     requirements = _REQUIREMENTS / f"{name}.txt"
     stamp, wanted = folder / "installed", hashlib.sha256(requirements.read_bytes()).hexdigest()
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        return folder
+        return
     print(f"installing {name} into {folder.relative_to(ROOT)} (log: install.log there)", flush=True)
     log = folder / "install.log"
     log.unlink(missing_ok=True)
@@ -50,11 +71,6 @@ def ensure(name: str) -> Path:
         run_logged([sys.executable, "-m", "venv", str(folder / "venv")], log)
     _install(name, requirements, log)
     stamp.write_text(wanted, encoding="utf-8")
-    return folder
-
-
-def python_of(name: str) -> Path:
-    return CACHE / name / "venv/bin/python"
 
 
 def llama_program(name: str) -> Path:

@@ -33,7 +33,6 @@ def start_workers(contenders: Sequence[Contender], num_threads: int, kv_tokens: 
     workers = {}
     for contender in contenders:
         try:
-            contender.prepare()
             words, env = contender.command(num_threads, kv_tokens), contender.environment(num_threads, kv_tokens)
             worker = Worker(contender.name, words, env, log_of(contender))
             worker.ask({"do": "generate", "requests": [(ids(16, 5), 4), (ids(16, 6), 4)]})

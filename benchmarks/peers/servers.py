@@ -95,7 +95,6 @@ def run_w6(
     try:
         for contender in (c for c in contenders if c.peer in HAS_SERVER):
             try:
-                contender.prepare()
                 servers[contender.name] = Server(contender, num_threads, kv_tokens)
             except PeerAbsent as error:
                 absent[f"{contender.name}, server"] = str(error)
@@ -145,7 +144,6 @@ def run_starts(contenders: Sequence[Contender], rounds: int, num_threads: int, a
             if round and contender.peer == "vllm":
                 continue  # a minute each time
             try:
-                contender.prepare()
                 if contender.peer in HAS_SERVER:
                     server = Server(contender, num_threads, _START_KV_TOKENS)
                     found["start, server"][contender.name].append({"s": server.start_seconds, "peak MiB": server.peak_mib()})
@@ -175,7 +173,6 @@ def run_memory(contenders: Sequence[Contender], num_threads: int, absent: dict[s
     found: dict[str, list[Sample]] = {}
     for contender in (c for c in contenders if c.peer not in ("vllm", "transformers")):
         try:
-            contender.prepare()
             worker = _worker(contender, num_threads, _MEMORY_KV_TOKENS)
             worker.ask({"do": "generate", "requests": [(prompt, 8) for prompt, _ in requests("W3", 0)]})
         except (PeerAbsent, RuntimeError) as error:

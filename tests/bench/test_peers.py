@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks.peers import quality, report
-from benchmarks.peers.__main__ import merged
+from benchmarks.peers.__main__ import merged, prepared
 from benchmarks.peers.bars import BARS, judge, ours_of
-from benchmarks.peers.contenders import CONTENDERS, PEERS, chosen
-from benchmarks.peers.environments import PeerAbsent
+from benchmarks.peers.contenders import CONTENDERS, PEERS, Contender, chosen
+from benchmarks.peers.environments import PeerAbsent, run_logged
 from benchmarks.peers.models import hf_name, unpermute
 from benchmarks.peers.offline import figures, too_slow
 from benchmarks.peers.session import Others, Worker, peak_mib, tree_of
@@ -169,6 +169,17 @@ def test_a_worker_answers_is_paused_and_ends(tmp_path: Path) -> None:
 def test_a_worker_that_cannot_start_is_absent_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(PeerAbsent, match=r"echo ended: .*there is no such engine"):
         Worker("echo", [sys.executable, "-c", "raise SystemExit('there is no such engine')"], dict(os.environ), tmp_path / "log", timeout=60.0)
+
+
+def test_a_peer_that_cannot_be_had_is_told_with_the_reason(tmp_path: Path) -> None:
+    def missing() -> Path:
+        run_logged([sys.executable, "-c", "raise SystemExit('no matching distribution')"], tmp_path / "log")
+        return tmp_path
+
+    absent: dict[str, str] = {}
+    there = Contender("pagoda", "4bit", "there", lambda: tmp_path)
+    assert prepared([Contender("pagoda", "4bit", "gone", missing), there], absent) == [there]
+    assert list(absent) == ["pagoda gone"] and "ended with status 1: no matching distribution" in absent["pagoda gone"]
 
 
 def test_our_own_work_is_not_counted_as_others() -> None:
