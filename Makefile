@@ -7,7 +7,7 @@ NATIVE := hatch_build.py $(shell find pagoda/csrc -name '*.cpp' -o -name '*.h' 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long check wheel bench bench-quick bench-peers bench-scale clean
+.PHONY: help setup serve test test-long check check-triton-newest wheel bench bench-quick bench-peers bench-scale clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,10 @@ check: $(VENV)/.lint ## run the linters
 	$(BIN)/ruff check .
 	$(BIN)/mypy pagoda/base pagoda/engine
 	$(BIN)/lint-imports
+
+# CI pins Triton; this is for every week: the kernels, interpreted and compiled for all targets, with the newest one.
+check-triton-newest: $(VENV)/.test ## test the GPU kernels with the newest Triton
+	sh scripts/triton_newest.sh $(BIN)/python
 
 wheel: $(VENV)/.runtime ## build one binary wheel with all instruction sets and test it where there is no compiler
 	sh scripts/build_wheel.sh $(BIN)/python

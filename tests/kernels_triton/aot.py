@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pagoda.kernels import logits_ops, ops, table
+from pagoda.kernels.triton.embedding import dequantize
 from pagoda.kernels.triton.launch import Arch, Launch, collect
 from pagoda.kernels.triton.plane import allocate_device_plane
 from pagoda.kernels.triton.weight import DeviceWeight
@@ -133,6 +134,7 @@ def _forward(model: Model, tokens: int, seqs: int) -> None:
         weight = _weight(model, format, model.hidden, wide)
         ops.linear(_meta(tokens, wide, dtype=model.dtype), weight, residual=x)
         ops.embedding(ids, weight)
+        dequantize(weight)  # as a product of many rows does
     logits = ops.linear(y[:, : model.hidden], _weight(model, "bf16", model.vocab, model.hidden))
     ops.soft_cap(logits, 30.0, out=logits)
 
@@ -176,7 +178,9 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], A
             continue
         value = next(values)
         is_aligned = isinstance(value, torch.Tensor)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, int) and parameter.do_not_specialize:
+            signature[parameter.name] = "i32"
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"

@@ -13,7 +13,17 @@ from pagoda.kernels import ops
 from pagoda.kernels.triton.plane import DevicePlane, allocate_device_plane, device_bytes_per_block, read_device_tokens
 from tests.kernels.cases import CASES, Case, normal
 
-from .bridge import DEVICE, TYPES, assert_close, device_plane, host_plane, naive_attention, reference, to_numpy, to_torch
+from .bridge import (
+    DEVICE,
+    TYPES,
+    assert_close,
+    device_plane,
+    host_plane,
+    naive_attention,
+    reference,
+    to_numpy,
+    to_torch,
+)
 from .test_ops import dtypes, rng_of
 
 ATTENTION = [c for c in CASES if c.op == "attention" and c.name.startswith("bfloat16")]

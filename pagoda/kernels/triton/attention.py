@@ -27,7 +27,19 @@ import triton.language as tl
 
 from pagoda.kernels.table import implements
 from pagoda.kernels.triton.fp8 import from_e4m3
-from pagoda.kernels.triton.launch import LOG2E, Arch, arch_of, cdiv, check_rows, dot, index, launch, narrow, next_power_of_2, tanh
+from pagoda.kernels.triton.launch import (
+    LOG2E,
+    Arch,
+    arch_of,
+    cdiv,
+    check_rows,
+    dot,
+    index,
+    launch,
+    narrow,
+    next_power_of_2,
+    tanh,
+)
 from pagoda.kernels.triton.plane import DevicePlane
 
 __all__ = ["attention", "num_splits", "scratch_nbytes"]
@@ -100,7 +112,7 @@ def _attend(
     return m, z, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _attention_kernel(
     q, k_pages, v_pages, out, scratch, block_table, query_start, seq_lens, sinks,
     q_stride, out_stride, table_stride, num_seqs, scale, k_scale, v_scale, soft_cap, window,
@@ -180,7 +192,7 @@ def _attention_kernel(
         tl.store(out + token[:, None] * out_stride + head[:, None] * DIM + d, narrow(y, out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _merge_kernel(
     scratch, out, query_start, seq_lens, sinks, out_stride, num_seqs, v_scale, window,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr,

@@ -2,7 +2,8 @@
 
 Every launch goes through `launch`, so that a test can collect launches instead of running them (`collect`) and compile
 each for GPUs that are not there. Wrappers compute grids and tiles from shapes only: nothing is read back from the
-device, so every op can be captured in a CUDA graph, and runs on torch's `meta` tensors while being collected.
+device, so every op can be captured in a CUDA graph, and runs on torch's `meta` tensors while being collected. Sizes that
+change with the batch are not specialised: a kernel is compiled once for a model's shapes, not again for a step's.
 
 Under TRITON_INTERPRET=1 kernels run in Triton's interpreter on torch CPU tensors. The interpreter keeps bfloat16 as raw
 16-bit integers, which casts understand and arithmetic does not: kernels load, widen to float32, compute, and `narrow` last.

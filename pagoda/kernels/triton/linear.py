@@ -60,7 +60,7 @@ def _add_product(
     return dot(w_NK, x_KM, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x, w, scales, minima, bias, residual, out,
     num_rows, num_outputs, width, x_stride, w_stride, scale_stride, residual_stride, out_stride,

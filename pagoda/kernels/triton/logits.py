@@ -29,7 +29,7 @@ def _bitmask_kernel(logits, words, rows, stride, words_stride, width, BLOCK: tl.
         tl.store(logits + row * stride + col, nothing, mask=is_forbidden & (col < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _count_kernel(seen, slots, tokens, stride, num_tokens, IS_PROMPT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + at, mask=at < num_tokens, other=-1).to(tl.int64)

@@ -22,7 +22,7 @@ Array = Any
 _TILE = 2048  # elements a program normalises when groups are small
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def _rms_norm_kernel(
     x, residual, weight, out,
     x_stride, residual_stride, out_stride,

@@ -5,8 +5,8 @@ and how many of the logits that equal it are kept, lowest ids first:
 
     kept   logit > threshold, or logit = threshold and among the first `ties` of these
 
-A threshold is searched among the keys of floats, integers in the order of their floats: 16 candidates a round divide
-what is left of 2^32 by 16, so 8 rounds find the largest key at and above which there are enough tokens (top_k) or
+A threshold is searched among the keys of floats, integers in the order of their floats: 8 candidates a round divide
+what is left of 2^32 by 8, so 11 rounds at most find the largest key at and above which there are enough tokens (top_k) or
 probability (top_p). A block without candidates is passed over. min_p is a bound on one float, and needs no pass at all.
 
 Numbers are those of the CPU: Philox4x32-10 of (seed, position), float64 probabilities and sums. One program has one row.
@@ -26,10 +26,10 @@ from pagoda.kernels.triton.launch import check_rows, index, launch
 __all__ = ["row_is_finite", "row_logsumexp", "sample"]
 
 Array = Any
-_BLOCK, _WARPS = 1024, 8
+_BLOCK, _WARPS = 1024, 16
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 LOWEST = tl.constexpr(-0x80000000)
-WAYS = tl.constexpr(16)
+WAYS = tl.constexpr(8)
 
 
 @triton.jit
