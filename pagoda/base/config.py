@@ -43,7 +43,7 @@ class ModelConfig:
     hf_token: str | None = field(None, "token for gated hub repositories (default: HF_TOKEN)")
     download_dir: str | None = field(None, "where the hub's files are cached (default: the hub's own cache)")
     load_format: Literal["auto", "dummy"] = field("auto", "auto reads the files; dummy makes random weights of the model's shape")
-    dtype: Literal["auto", "float32", "bfloat16"] = field("auto", "type of unquantized weights; auto follows the checkpoint (float16 and GGUF types: see docs)")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field("auto", "type of unquantized weights; auto follows the checkpoint (float16, on GPUs only, and GGUF types: see docs)")
     quantization: Literal["int8", "int4"] | None = field(None, "turn weights into blocks of 8 or 4 bits while loading (default: as the checkpoint has them)")
     linear_activations: Literal["auto", "int8", "int16"] = field("auto", "what quantized weights are multiplied with: int8 is twice as fast on many tokens, int16 (auto) is as good as float")
     max_model_len: int | Literal["auto"] | None = field(None, "longest prompt + output in tokens; auto fits it to memory", metavar="TOKENS|auto")
@@ -64,7 +64,7 @@ class CacheConfig:
     block_size: int | None = field(None, "tokens per KV block (CPU: a multiple of 16)", metavar="TOKENS")
     enable_prefix_caching: bool = field(True, "keep full blocks of past prompts and reuse them")
     kv_cache_memory_bytes: int | None = field(None, "size of the KV cache; 1g, 1G, 512m are understood", metavar="BYTES")
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = field("auto", "type of cached keys and values; auto is bfloat16 unless --dtype is float32, int8 holds nearly twice the tokens")
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = field("auto", "type of cached keys and values; auto is bfloat16 unless --dtype is float32 (on a GPU --dtype); int8 on a CPU and fp8 on a GPU hold nearly twice the tokens")
     cpu_memory_utilization: float = field(0.4, "share of the memory available at start that the KV cache may take on a CPU")
     gpu_memory_utilization: float = field(0.92, "share of the device's memory for weights, buffers and KV cache on a GPU")
     num_gpu_blocks_override: int | None = field(None, "exact number of KV blocks, for experiments with preemption")
@@ -93,9 +93,13 @@ class SchedulerConfig:
 class DeviceConfig:
     """Where the arithmetic happens."""
 
-    device: Literal["auto", "cpu", "cuda"] = field("auto", "auto takes a GPU if there is a usable one")
+    device: Literal["auto", "cpu", "cuda", "null"] = field("auto", "auto takes a GPU if there is a usable one; null is the GPU's path in Triton's interpreter, for tests")
     num_threads: int | None = field(None, "kernel threads on a CPU (default: cores given by affinity and cgroup quota)")
     enforce_eager: bool = field(False, "run op by op instead of as one recorded program or graph")
+    async_scheduling: bool = field(True, "on a GPU, plan and start a step while the one before it runs")
+    graph_capture_seconds: float = field(20.0, "on a GPU, seconds at start for capturing graphs of decoding; batch sizes that are not reached take the next larger", metavar="SECONDS")
+    batch_invariant: bool = field(False, "on a GPU, compute every row with the same tiles whatever its neighbours are (a CPU always does)")
+    attention_backend: Literal["auto", "triton", "sdpa"] = field("auto", "on a GPU, what computes attention; auto takes the first that can")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import msgspec
 
-__all__ = ["HardwareFacts", "read_hardware"]
+__all__ = ["GpuFacts", "HardwareFacts", "read_hardware"]
+
+
+class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Read by `worker/device.py`, the one that may ask a GPU's driver."""
+
+    name: str
+    capability: int  # 90 is compute capability 9.0
+    memory_total: int
+    memory_free: int
 
 
 class HardwareFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,7 +28,9 @@ class HardwareFacts(msgspec.Struct, frozen=True, kw_only=True):
     num_cores: int  # cores' worth of time it may use: affinity, capped by the cgroup's quota
     memory_total: int  # bytes this process may ever use: RAM, capped by the cgroup's limit
     memory_available: int  # bytes it may use now
-    has_cuda: bool = False
+    has_cuda: bool = False  # a driver is there; whether it works is not known yet
+    gpu: GpuFacts | None = None
+    gpu_problem: str = ""  # in one line, why there is none that can be used
 
 
 def read_hardware() -> HardwareFacts:

@@ -14,16 +14,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import msgspec
+
 from pagoda.base.config import EngineConfig
 from pagoda.base.hardware import HardwareFacts, read_hardware
 from pagoda.base.resolve import KvBudget, Reason, fit_kv_cache, resolve
 from pagoda.base.types import ModelFacts
 from pagoda.engine.core import EngineCore
 from pagoda.executor.front import Front, load_front
+from pagoda.executor.parts import BuildModel, RunnerParts
 from pagoda.executor.uniproc import UniprocExecutor
 from pagoda.files.hub import resolve as resolve_path
 from pagoda.kernels import table as kernel_table
 from pagoda.kernels.cpu import library
+from pagoda.loader.place import HOST, Place
 from pagoda.models.catalog import ModelSource, build_model, describe
 from pagoda.models.decoder import Model
 from pagoda.quant.scheme import not_kept
@@ -58,6 +62,9 @@ class Ledger:
     mode_why: str
     kernels: str
     load_seconds: float
+    device: str = "cpu"
+    workspace_nbytes: int = 0  # what the largest step needs for a while, on a GPU
+    graphs_nbytes: int = 0
     reasons: tuple[Reason, ...] = field(default=())
 
     @property
@@ -79,6 +86,10 @@ class Ledger:
             f"  weights   {self.weights_nbytes / mib:10.1f} MiB",
             f"  KV cache  {self.kv_nbytes / mib:10.1f} MiB   {self.num_kv_tokens:,} tokens, {self.max_concurrency:.1f} requests of {self.max_model_len:,} tokens",
             f"  buffers   {self.buffers_nbytes / mib:10.1f} MiB",
+            *([] if self.device == "cpu" else [
+                f"  workspace {self.workspace_nbytes / mib:10.1f} MiB   the largest step, logits included",
+                f"  graphs    {self.graphs_nbytes / mib:10.1f} MiB",
+            ]),
         ]
 
 
@@ -119,9 +130,22 @@ def describe_model(config: EngineConfig) -> tuple[ModelSource, EngineConfig, tup
     m = config.model
     path = resolve_path(m.model, revision=m.revision, token=m.hf_token, download_dir=m.download_dir).path
     source = describe(path, m)
-    hardware = read_hardware()
+    hardware = _hardware(config)
     resolved = resolve(config, hardware, source.spec.facts())
     return source, resolved.config, resolved.reasons, hardware
+
+
+def _hardware(config: EngineConfig) -> HardwareFacts:
+    """This machine; of a GPU, where one is asked for or its driver is there, what torch says of it."""
+    hardware, device = read_hardware(), config.device.device
+    if device != "cuda" and not (device == "auto" and hardware.has_cuda):
+        return hardware
+    try:
+        from pagoda.executor.launch_device import with_gpu
+    except ImportError as error:
+        missing = f"`{error.name}` is not installed, which a GPU needs (`pip install torch triton`)"
+        return msgspec.structs.replace(hardware, gpu_problem=missing)
+    return with_gpu(hardware)
 
 
 def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequantize: bool = False) -> LocalEngine:
@@ -136,36 +160,54 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequ
     if native:
         library.default().set_threads(int(config.device.num_threads or 1))
     wanted = config.model.max_model_len
-    model = build_model(
-        source,
-        dtype=config.model.dtype,
-        max_positions=facts.max_model_len if wanted == "auto" else int(wanted or 0),
-        quantization=config.model.quantization,
-        activations="int8" if config.model.linear_activations == "int8" else "int16",
-        load_format=config.model.load_format,
-        dequantize=dequantize,
-        progress=progress,
-    )
+
+    def build(place: Place) -> Model:
+        return build_model(
+            source,
+            dtype=config.model.dtype,
+            max_positions=facts.max_model_len if wanted == "auto" else int(wanted or 0),
+            quantization=config.model.quantization,
+            activations="int8" if config.model.linear_activations == "int8" else "int16",
+            load_format=config.model.load_format,
+            place=place,
+            dequantize=dequantize,
+            progress=progress,
+        )
+
+    if config.device.device == "cpu":
+        parts = _build_on_cpu(config, facts, build, native=native)
+    else:
+        from pagoda.executor.launch_device import build_device_runner  # torch comes with it
+
+        parts = build_device_runner(config, facts, build)
+    model, budget, runner = parts.model, parts.budget, parts.runner
+    config = replace(config, model=replace(config.model, max_model_len=budget.max_model_len))
+    executor = UniprocExecutor(runner)
+    compiler = GrammarCompiler(lambda: load_front(config).tokenizer, facts.vocab_size)
+    core = EngineCore(
+        config, facts, budget.num_blocks, executor, max_logits_rows=runner.max_rows, compiler=compiler,
+        pipeline_depth=runner.num_steps,
+    )  # fmt: skip
+    mode, why = runner.mode
+    ledger = Ledger(
+        architecture=facts.architecture, num_parameters=facts.num_parameters, formats=tuple(sorted(model.formats)),
+        weights_nbytes=model.nbytes, kv_nbytes=budget.num_blocks * budget.bytes_per_block, buffers_nbytes=parts.buffers_nbytes,
+        num_blocks=budget.num_blocks, block_size=budget.block_size, max_concurrency=budget.max_concurrency,
+        max_model_len=budget.max_model_len, mode=mode, mode_why=why, kernels=parts.kernels,
+        device=config.device.device, workspace_nbytes=parts.workspace_nbytes, graphs_nbytes=parts.graphs_nbytes,
+        load_seconds=time.perf_counter() - started, reasons=(*reasons, *parts.reasons, *_dequantized(source, config), budget.reason),
+    )  # fmt: skip
+    return LocalEngine(core, config, facts, ledger, source, executor)
+
+
+def _build_on_cpu(config: EngineConfig, facts: ModelFacts, build: BuildModel, *, native: bool) -> RunnerParts:
+    model = build(HOST)
     budget = fit_kv_cache(
         config, facts, read_hardware().memory_available,
         block_nbytes(facts, dtype=config.cache.kv_cache_dtype, block_size=int(config.cache.block_size or 0)),
     )  # fmt: skip
-    config = replace(config, model=replace(config.model, max_model_len=budget.max_model_len))
     runner, buffers = _build_runner(config, facts, model, budget, native=native)
-    executor = UniprocExecutor(runner)
-    compiler = GrammarCompiler(lambda: load_front(config).tokenizer, facts.vocab_size)
-    core = EngineCore(
-        config, facts, budget.num_blocks, executor, max_logits_rows=runner.builder.sizes.max_rows, compiler=compiler
-    )
-    mode, why = runner.mode
-    ledger = Ledger(
-        architecture=facts.architecture, num_parameters=facts.num_parameters, formats=tuple(sorted(model.formats)),
-        weights_nbytes=model.nbytes, kv_nbytes=budget.num_blocks * budget.bytes_per_block, buffers_nbytes=buffers,
-        num_blocks=budget.num_blocks, block_size=budget.block_size, max_concurrency=budget.max_concurrency,
-        max_model_len=budget.max_model_len, mode=mode, mode_why=why, kernels=library.default().isa if native else "reference",
-        load_seconds=time.perf_counter() - started, reasons=(*reasons, *_dequantized(source, config), budget.reason),
-    )  # fmt: skip
-    return LocalEngine(core, config, facts, ledger, source, executor)
+    return RunnerParts(runner, model, budget, library.default().isa if native else "reference", buffers)
 
 
 def _dequantized(source: ModelSource, config: EngineConfig) -> tuple[Reason, ...]:

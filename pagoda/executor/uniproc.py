@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pagoda.base.plan import Masks, StepPlan, StepResult
-from pagoda.worker.runner import Runner
+from pagoda.executor.parts import AnyRunner
 
 __all__ = ["UniprocExecutor"]
 
 
 class UniprocExecutor:
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: AnyRunner) -> None:
         self.runner = runner
 
     def forward(self, plan: StepPlan) -> None:

@@ -48,6 +48,10 @@ class Model(Protocol):
     @property
     def formats(self) -> set[str]: ...
 
+    @property
+    def max_heads(self) -> int:
+        """Query heads of the layer that has most."""
+
 
 class _Block:
     def __init__(self, spec: BlockSpec, model: ModelSpec, rope: Rope, place: KvPlace, precision: Precision, mesh: Mesh) -> None:
@@ -135,6 +139,10 @@ class Decoder:
     def formats(self) -> set[str]:
         """Packed formats in use, for the start-up report."""
         return self._embed.formats | self._head.formats | {f for b in self._blocks for linear in b.linears() for f in linear.formats}
+
+    @property
+    def max_heads(self) -> int:
+        return max(block.attention.num_heads for block in self.spec.blocks)
 
     def forward(self, batch: Batch, hidden_in: Any = None) -> Any:
         x_TD = self._embed.embed(batch.token_ids_T, scale=self.spec.embed_scale) if hidden_in is None else hidden_in

@@ -34,6 +34,12 @@ class Runner:
         self._sampler = Sampler()
         self._step: _Launched | None = None
 
+    num_steps = 1
+
+    @property
+    def max_rows(self) -> int:
+        return self.builder.sizes.max_rows
+
     @property
     def mode(self) -> tuple[str, str]:
         """("recorded" | "op by op", why)."""

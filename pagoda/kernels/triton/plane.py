@@ -22,7 +22,7 @@ import torch
 
 __all__ = ["DEVICE_KV_TYPES", "DevicePlane", "allocate_device_plane", "device_bytes_per_block", "read_device_tokens"]
 
-DEVICE_KV_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8_e4m3": torch.uint8}
+DEVICE_KV_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8_e4m3": torch.uint8}
 
 
 @dataclass(frozen=True, eq=False)
