@@ -25,10 +25,11 @@ static inline const char* rms_norm(const Call& c) {
 static inline const char* linear(const Call& c) {
     const pg_tensor *x = &c.t[0], *w = &c.t[1], *bias = &c.t[2], *residual = &c.t[3], *out = &c.t[4], *norm = &c.t[5];
     if (!packed(*w) || !blocks_fit(*w)) return "linear: not a packed weight";
-    if (c.i[0] < 0 || c.i[0] > 2 || c.i[1] < 0 || c.i[1] > 3) return "linear: unknown preparation";
-    if (!activations(*x) || x->cols != w->cols * (c.i[0] == 2 ? 2 : 1)) return "linear: x must be float32, as wide as the weight";
+    if (c.i[0] < 0 || c.i[0] > 1 || c.i[1] < 0 || c.i[1] > 4) return "linear: unknown preparation or activation";
+    if (c.i[1] && (w->rows % 128 || residual->data)) return "linear: a gated one takes weights of 128 n rows, and no residual";
+    if (!activations(*x) || x->cols != w->cols) return "linear: x must be float32, as wide as the weight";
     if (c.i[0] == 1 && (!norm->data || norm->dtype != PG_F32 || norm->rows != w->cols)) return "linear: the norm's weight must be float32, as wide as x";
-    if (!activations(*out) || out->cols != w->rows) return "linear: out must be float32, with one column per weight row";
+    if (!activations(*out) || out->cols != (c.i[1] ? w->rows / 2 : w->rows)) return "linear: out must be float32, with one column per weight row (gated: two)";
     if (bias->data && (bias->dtype != PG_F32 || bias->rows != w->rows)) return "linear: bias must be float32, one per weight row";
     if (residual->data && (!activations(*residual) || residual->cols != w->rows)) return "linear: residual must be shaped as out";
     return nullptr;

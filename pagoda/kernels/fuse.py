@@ -1,59 +1,64 @@
-"""Steps that become one: the norm or the gated activation in front of a product is done where the product rounds its rows.
+"""Steps that become one: the norm in front of a product, and the gated activation behind it.
 
-    rms_norm  x -> h    linear  h -> y        =>    linear  x -> y, prepared by the norm
-    act_and_mul gu -> h linear  h -> y        =>    linear gu -> y, prepared by the activation
+    rms_norm  x -> h     linear       h -> y     =>    linear  x -> y, which normalises the rows where it rounds them
+    linear    x -> gu    act_and_mul gu -> y     =>    linear  x -> y, which multiplies the two halves where it stores them
 
-With few rows every thread then prepares all of them itself, which is cheaper than meeting; with many, rows are shared out, but
-go through memory once less. The arithmetic is that of the two ops, so the results are the same bit for bit.
+With few rows every thread normalises all of them itself, which is cheaper than meeting; with many, rows go through memory once
+less. The arithmetic is that of the two ops, so the results are the same bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from pagoda.kernels.symbolic import Access, Slot, Step, SymArray, access
+from pagoda.kernels.symbolic import Step, SymArray, access
 
 __all__ = ["fuse"]
 
-_AS_IS, _RMS_NORM, _ACT_AND_MUL = 0, 1, 2  # the first integer of the native op `linear`
+_GATED_UNIT = 128  # rows of a weight whose halves any instruction set's tiles divide
 
 
 def fuse(steps: Sequence[Step], outputs: Sequence[SymArray]) -> list[Step]:
     """The steps, with every pair that may be joined joined. `outputs` are read after the last one."""
+    ends = {id(output.slot) for output in outputs}
+    return _join(_join(steps, ends, "rms_norm", "linear", _with_norm), ends, "linear", "act_and_mul", _with_activation)
+
+
+def _join(steps: Sequence[Step], ends: set[int], first: str, then: str, joined: Callable[[Step, Step], Step | None]) -> list[Step]:
+    """Puts `joined` in the place of each `then` that alone reads what a `first` alone wrote."""
     readers: dict[int, list[int]] = {}
+    writers: dict[int, list[int]] = {}
     for k, step in enumerate(steps):
         for i, x in enumerate(step.operands):
-            if isinstance(x, SymArray) and i not in step.written:
-                readers.setdefault(id(x.slot), []).append(k)
+            if isinstance(x, SymArray):
+                (writers if i in step.written else readers).setdefault(id(x.slot), []).append(k)
     kept: list[Step | None] = list(steps)
-    ends = {id(output.slot) for output in outputs}
     for k, step in enumerate(steps):
-        made = step.operands[step.written[0]] if step.op in ("rms_norm", "act_and_mul") else None
-        if not isinstance(made, SymArray) or made.slot.outside is not None or id(made.slot) in ends or made.slot is step.operands[0].slot:
+        between = step.operands[step.written[0]] if step.op == first else None
+        if not isinstance(between, SymArray) or between.slot.outside is not None or id(between.slot) in ends:
             continue
-        uses = readers.get(id(made.slot), [])
-        if len(uses) == 1 and _may_join(steps, k, uses[0], made.slot):
-            kept[uses[0]], kept[k] = _joined(step, steps[uses[0]]), None
+        uses = readers.get(id(between.slot), [])
+        if len(uses) != 1 or writers[id(between.slot)] != [k] or steps[uses[0]].op != then or access(steps[uses[0]].operands[0]) != access(between):
+            continue
+        source = access(step.operands[0])  # read later than before: nothing may write there in the meantime
+        is_changed = any(source.overlaps(w) for later in steps[k + 1 : uses[0] + 1] for w in later.accesses()[1])
+        made = None if is_changed else joined(step, steps[uses[0]])
+        if made is not None:
+            kept[uses[0]], kept[k] = made, None
     return [step for step in kept if step is not None]
 
 
-def _may_join(steps: Sequence[Step], first: int, then: int, between: Slot) -> bool:
-    """Whether step `first`, which alone writes `between`, may be done by the product `then`, which alone reads it."""
-    source, product = steps[first].operands[0], steps[then]
-    if product.op != "linear" or then < first or product.ints:
-        return False
-    if sum(x.slot is between for s in steps for k in s.written if isinstance(x := s.operands[k], SymArray)) != 1:
-        return False
-    if steps[first].op == "rms_norm" and steps[first].operands[1].shape[0] != source.shape[1]:
-        return False  # a norm of each head, not of the row
-    late: list[Access] = [w for step in steps[first + 1 : then + 1] for w in step.accesses()[1]]
-    return not any(access(source).overlaps(w) for w in late)
+def _with_norm(norm: Step, product: Step) -> Step | None:
+    x, weight, _ = norm.operands
+    if weight.shape[0] != x.shape[1]:
+        return None  # a norm of each head, not of the row
+    _, *rest = product.operands[:-1]
+    return Step("linear", (x, *rest, weight), (1, 0), norm.floats)
 
 
-def _joined(step: Step, product: Step) -> Step:
-    x, *rest = step.operands[:-1]
-    _, weight, bias, residual, out, _ = product.operands
-    operands = (x, weight, bias, residual, out, rest[0] if rest else None)
-    if step.op == "rms_norm":
-        return Step("linear", operands, (_RMS_NORM,), step.floats)
-    return Step("linear", operands, (_ACT_AND_MUL, *step.ints), ())
+def _with_activation(product: Step, activation: Step) -> Step | None:
+    x, weight, bias, residual, out, norm = product.operands
+    if residual is not None or weight.shape[0] % _GATED_UNIT or activation.operands[0].shape != out.shape:
+        return None
+    prepared = product.ints[0] if product.ints else 0
+    return Step("linear", (x, weight, bias, None, activation.operands[1], norm), (prepared, 1 + activation.ints[0]), product.floats)

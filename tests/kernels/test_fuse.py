@@ -29,14 +29,14 @@ def record(x: np.ndarray, forward: Callable[[Array], Array]) -> Program:
 def test_joined_steps_give_the_same_bits(isa: str, format: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
     x, norm = normal(rng, MAX, WIDTH), normal(rng, WIDTH)
-    up, down, bias = weight(rng, format, 2 * WIDTH, WIDTH), weight(rng, format, 48, WIDTH), normal(rng, 48)
+    up, down, bias = weight(rng, format, 2 * WIDTH, WIDTH), weight(rng, format, 48, WIDTH), normal(rng, 2 * WIDTH)
     lib = library.default()
     threads = lib.num_threads
     for kind in ("silu", "gelu_tanh", "gelu", "relu"):
 
         def forward(x_TD: Array, kind: str = kind) -> Array:
-            gate_up = ops.linear(ops.rms_norm(x_TD, norm, eps=1e-5), up)
-            return ops.linear(ops.act_and_mul(gate_up, kind), down, bias)
+            gate_up = ops.linear(ops.rms_norm(x_TD, norm, eps=1e-5), up, bias)
+            return ops.linear(ops.act_and_mul(gate_up, kind), down)
 
         program = record(x, forward)
         assert program.num_instructions == 2
@@ -78,9 +78,27 @@ def _part_of_it(x: Array, norm: np.ndarray, w: Any) -> Array:
     return ops.linear(both[:, WIDTH:], w)
 
 
+def _read_as_residual(x: Array, norm: np.ndarray, w: Any) -> Array:
+    return ops.linear(x, w, residual=ops.rms_norm(x, norm, eps=1e-5))
+
+
+def _half_of_a_product(x: Array, norm: np.ndarray, w: Any) -> Array:
+    y = ops.linear(x, w)
+    return ops.act_and_mul(y[:, :128], "silu")
+
+
+def _activation_with_residual(x: Array, norm: np.ndarray, w: Any) -> Array:
+    return ops.act_and_mul(ops.linear(x, w, residual=x), "silu")
+
+
+def _rows_that_tiles_do_not_halve(x: Array, norm: np.ndarray, w: Any) -> Array:
+    return ops.act_and_mul(ops.linear(x, weight(np.random.default_rng(1), "q8_0", 96, WIDTH)), "silu")
+
+
 @pytest.mark.parametrize(
     ("forward", "instructions"),
-    [(_read_twice, 3), (_source_changes, 4), (_product_overwrites_source, 3), (_norm_of_heads, 2), (_part_of_it, 3)],
+    [(_read_twice, 3), (_source_changes, 4), (_product_overwrites_source, 3), (_norm_of_heads, 2), (_part_of_it, 3), (_read_as_residual, 2), (_half_of_a_product, 2),
+     (_activation_with_residual, 2), (_rows_that_tiles_do_not_halve, 2)],
 )
 @pytest.mark.parametrize("rows", [2, 40])
 def test_what_must_not_be_joined_is_not(forward: Callable[..., Array], instructions: int, rows: int) -> None:

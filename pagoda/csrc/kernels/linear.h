@@ -1,17 +1,15 @@
 // The linear op: turn the activations into what the format multiplies with, then share out panels of 16 outputs.
 //
-// The activations may first be normalised, or be the gate and the factor of a gated activation (kernels/fuse.py). With few rows
-// every thread prepares and converts all of them into scratch of its own, which is cheaper than meeting; with more, the rows
-// are shared out and converted once, then the threads meet. Scratch is the converted rows, then for each thread a
+// The activations may first be normalised, and the outputs be the two halves of a gated activation (kernels/fuse.py). With few
+// rows every thread prepares and converts all of them into scratch of its own, which is cheaper than meeting; with more, the
+// rows are shared out and converted once, then the threads meet. Scratch is the converted rows, then for each thread a
 // prepared row, then room for the panels it has unpacked.
 #pragma once
-
-enum Prepare { kAsIs = 0, kRmsNorm = 1, kActAndMul = 2 };
 
 struct linear_op {
     static constexpr int64_t kFewRows = 3;
 
-    static bool converts(const Call& c) { return c.t[1].dtype != PG_W_F32 || c.i[0] != kAsIs; }
+    static bool converts(const Call& c) { return c.t[1].dtype != PG_W_F32 || c.i[0]; }
     static bool converts_once(const Call& c, int num_threads) { return num_threads > 1 && c.rows > kFewRows && converts(c); }
     static bool unpacks(const Call& c) { return c.t[1].dtype >= PG_W_Q8_0 && c.rows > kUnpackRows; }
     static int64_t row_bytes(const pg_tensor& w) {
@@ -30,20 +28,10 @@ struct linear_op {
         int64_t own = num_threads * (c.rows < kFewRows ? c.rows : kFewRows);
         return converts(c) ? row_bytes(c.t[1]) * (c.rows > own ? c.rows : own) : 0;
     }
-    static int64_t prepared_bytes(const Call& c) { return c.i[0] == kAsIs ? 0 : round_up(c.t[1].cols * 4, 64); }
+    static int64_t prepared_bytes(const Call& c) { return c.i[0] ? round_up(c.t[1].cols * 4, 64) : 0; }
     static int phases(const Call& c, int num_threads) { return converts_once(c, num_threads) ? 2 : 1; }
     static int64_t scratch(const Call& c, int num_threads) {
         return rows_bytes(c, num_threads) + num_threads * (prepared_bytes(c) + (unpacks(c) ? room_bytes(c.t[1]) : 0));
-    }
-
-    // Row r of the activations as the product sees it, in `room` unless it is that already.
-    static const float* prepared(const Call& c, int64_t r, float* room) {
-        const float* x = row<float>(c.t[0], r);
-        const int64_t width = c.t[1].cols;
-        if (c.i[0] == kAsIs) return x;
-        if (c.i[0] == kRmsNorm) rms_norm_op::normalise(x, room, static_cast<const float*>(c.t[5].data), width, float(c.f[0]));
-        else act_and_mul_row(c.i[1], x, room, width);
-        return room;
     }
 
     static void convert(const Call& c, char* to, int64_t begin, int64_t end, char* room) {
@@ -51,7 +39,12 @@ struct linear_op {
         const int64_t bytes = row_bytes(w);
         for (int64_t r = begin; r < end; ++r) {
             char* y = to + r * bytes;
-            const float* x = prepared(c, r, w.dtype == PG_W_F32 ? (float*)y : (float*)room);
+            const float* x = row<float>(c.t[0], r);
+            if (c.i[0]) {
+                float* normal = (float*)(w.dtype == PG_W_F32 ? y : room);
+                rms_norm_op::normalise(x, normal, static_cast<const float*>(c.t[5].data), w.cols, float(c.f[0]));
+                x = normal;
+            }
             if (w.dtype == PG_W_F32) continue;
             if (w.dtype == PG_W_BF16) {
                 row_to_bf16(x, (uint16_t*)y, w.cols);
@@ -78,10 +71,14 @@ struct linear_op {
             convert(c, x, 0, c.rows, room);
         }
         if (unpacks(c)) return multiply_unpacked(c, x, tid, num_threads);
-        const int64_t panels = (c.t[1].rows + 15) / 16;
+        const int64_t panels = (c.t[4].cols + 15) / 16;   // of a gated product those of the gate, each with its factor's
         const int64_t chunk = round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
-        while (take(c, panels, chunk, &begin, &end)) multiply(c, x, begin, end);
+        while (take(c, panels, chunk, &begin, &end)) {
+            multiply(c, x, begin, end);
+            if (c.i[1]) multiply(c, x, begin + panels, end + panels);
+        }
     }
+    static Finish finish_of(const Call& c) { return {&c.t[2], &c.t[3], &c.t[4], c.t[1].rows, c.i[1]}; }
 
     // The panels this thread will probably begin with come from memory while the rows are converted.
     static void fetch_first(const Call& c, int tid) {
@@ -98,7 +95,7 @@ struct linear_op {
 
     static void multiply(const Call& c, const char* x, int64_t begin, int64_t end) {
         const pg_tensor& w = c.t[1];
-        const Finish finish{&c.t[2], &c.t[3], &c.t[4]};
+        const Finish finish = finish_of(c);
         switch (w.dtype) {
             case PG_W_F32:
                 if (converts(c)) return float_panels<F32Panels>((const float*)x, row_bytes(w) / 4, w, c.rows, begin, end, finish);
@@ -113,21 +110,26 @@ struct linear_op {
     // Tasks are groups of panels; of a narrow weight, groups and parts of the rows.
     static void multiply_unpacked(const Call& c, const char* x, int tid, int num_threads) {
         const pg_tensor& w = c.t[1];
-        const Finish finish{&c.t[2], &c.t[3], &c.t[4]};
+        const Finish finish = finish_of(c);
         char* room = c.scratch + rows_bytes(c, num_threads) + num_threads * prepared_bytes(c) + tid * room_bytes(w);
-        const int64_t groups = (w.rows + 16 * kBlockPanels - 1) / (16 * kBlockPanels);
+        const int64_t groups = (c.t[4].cols + 16 * kBlockPanels - 1) / (16 * kBlockPanels);   // of a gated product the gate's
         const int64_t wanted = (4 * num_threads + groups - 1) / groups, most = (c.rows + kPartRows - 1) / kPartRows;
         const int64_t parts = wanted < most ? wanted : most, part_rows = (c.rows + parts - 1) / parts;
         int64_t begin, end;
-        const int64_t chunk = groups < 16 * num_threads ? 1 : chunk_for(groups, num_threads);   // few groups: even shares
+        const int64_t chunk = chunk_for(groups, 4 * num_threads);   // small, so that shares come out even
         while (take(c, groups * parts, chunk, &begin, &end)) {
             const int64_t r = begin / groups * part_rows, rows = c.rows - r < part_rows ? c.rows - r : part_rows;
             if (rows <= 0) continue;
             const int64_t to = parts > 1 ? begin % groups + 1 : end;
             const int64_t likely = upcoming(c) + (num_threads - 1) * chunk;   // the others come first
-#define PG_UNPACKED(Format, Act) unpacked_panels<Format, Act>(x, w, r, rows, begin % groups, to, likely % groups, room, finish)
-            PG_BLOCK_FORMAT(w.dtype, PG_UNPACKED)
+            for (int64_t g = begin % groups; g < to; ++g) {
+                const int64_t next = g + 1 < to ? g + 1 : likely % groups;
+#define PG_UNPACKED(Format, Act)                                                                         \
+    unpacked_panels<Format, Act>(x, w, r, rows, g, c.i[1] ? g + groups : next, room, finish);            \
+    if (c.i[1]) unpacked_panels<Format, Act>(x, w, r, rows, g + groups, next, room, finish)
+                PG_BLOCK_FORMAT(w.dtype, PG_UNPACKED)
 #undef PG_UNPACKED
+            }
         }
     }
     static constexpr int64_t kPartRows = 96;   // fewer would spend too much of their time on unpacking

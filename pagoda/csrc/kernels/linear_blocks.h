@@ -110,7 +110,7 @@ static void block_tile(const char* x, int64_t row_bytes, const char* w, int64_t 
     for (int a = 0; a < kRows; ++a)
 #pragma GCC unroll 8
         for (int p = 0; p < kPanels; ++p)
-            if (n + 16 * p < finish.out->cols) finish(acc[a][p], r + a, n + 16 * p);
+            if (n + 16 * p < finish.num_outputs) finish(acc[a][p], r + a, n + 16 * p);
 }
 
 // A tile of `rows` rows, at most kRows.
@@ -146,21 +146,17 @@ static void stored_panels(const char* x, const pg_tensor& weight, int64_t rows, 
     }
 }
 
-// Many rows: groups [begin, end) of kBlockPanels panels are unpacked into `room`, then multiplied with rows [r, r + rows).
-// Group `upcoming` is likely to be wanted after them.
+// Many rows: a group of kBlockPanels panels is unpacked into `room`, then multiplied with rows [r, r + rows). Group `next` is
+// likely to be wanted after it.
 template <class Format, class Act>
-static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, int64_t rows, int64_t begin, int64_t end, int64_t upcoming,
-                            char* room, const Finish& finish) {
+static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, int64_t rows, int64_t group, int64_t next_group, char* room,
+                            const Finish& finish) {
     using Panel = UnpackedOf<Format, Act>;
     const int64_t k = weight.cols, bytes = panel_bytes<Format>(k), panels = (weight.rows + 15) / 16, stride = k / 32 * Panel::kBytes;
-    const int64_t row_bytes = quant_row_bytes<Act>(k);
+    const int64_t row_bytes = quant_row_bytes<Act>(k), first = group * kBlockPanels, after = next_group * kBlockPanels;
     const char* w = static_cast<const char*>(weight.data);
-    for (int64_t group = begin; group < end; ++group) {
-        const int64_t first = group * kBlockPanels;
-        for (int64_t p = first; p < first + kBlockPanels && p < panels; ++p) unpack_panel<Format, Act>(w + p * bytes, k, room + (p - first) * stride);
-        const int64_t after = (group + 1 < end ? group + 1 : upcoming) * kBlockPanels, left = panels - after;
-        const int64_t ahead = left > 0 ? (left < kBlockPanels ? left : kBlockPanels) * bytes : 0;
-        Fetch next = fetch(w + after * bytes, ahead, k / 32 * ((rows + kBlockRows - 1) / kBlockRows), false);
-        block_rows<Panel, kBlockPanels, kBlockRows>(x + r * row_bytes, row_bytes, room, stride, k / 32, r, rows, first * 16, next, finish);
-    }
+    for (int64_t p = first; p < first + kBlockPanels && p < panels; ++p) unpack_panel<Format, Act>(w + p * bytes, k, room + (p - first) * stride);
+    const int64_t ahead = panels <= after ? 0 : (panels - after < kBlockPanels ? panels - after : kBlockPanels) * bytes;
+    Fetch next = fetch(w + after * bytes, ahead, k / 32 * ((rows + kBlockRows - 1) / kBlockRows), false);
+    block_rows<Panel, kBlockPanels, kBlockRows>(x + r * row_bytes, row_bytes, room, stride, k / 32, r, rows, first * 16, next, finish);
 }

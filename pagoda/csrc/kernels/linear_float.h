@@ -35,16 +35,25 @@ struct Fetch {
 };
 PG_INLINE Fetch fetch(const char* at, int64_t bytes, int64_t steps, bool once) { return {at, bytes, bytes / 64 / steps + 1, once}; }
 
-// What happens to a finished accumulator: bias, residual, store.
+// What happens to a finished accumulator: bias, residual, store. Of a gated product the first half of the outputs, the gate, is
+// stored first and waits for the other half: y = activation(gate) * other.
 struct Finish {
     const pg_tensor *bias, *residual, *out;
+    int64_t num_outputs, gated;   // rows of the weight; 0, or 1 + which activation
     PG_MEMBER void operator()(f32x16 acc, int64_t r, int64_t n) const {
+        if (gated) return gate(acc, r, n);
         int64_t count = out->cols - n < 16 ? out->cols - n : 16;
         if (bias->data) acc = add(acc, load_some(static_cast<const float*>(bias->data) + n, count));
         if (residual->data) acc = add(acc, load_some(row<float>(*residual, r) + n, count));
         float* y = row<float>(*out, r) + n;
         if (count == 16) store(y, acc);
         else store_n(y, acc, count);
+    }
+    void gate(f32x16 acc, int64_t r, int64_t n) const {
+        if (bias->data) acc = add(acc, load(static_cast<const float*>(bias->data) + n));
+        float* y = row<float>(*out, r);
+        if (n < out->cols) store(y + n, acc);
+        else store(y + n - out->cols, mul(activation_of(gated - 1, load(y + n - out->cols)), acc));
     }
 };
 

@@ -58,41 +58,21 @@ PG_INLINE f32x16 activation(f32x16 x) {
     return load(t);
 }
 
-template <int kKind>
-PG_INLINE f32x16 gated(const float* gate, int64_t width, int64_t n) {
-    return mul(activation<kKind>(load_some(gate, n)), load_some(gate + width, n));
-}
-
-// f(kind), kind a constant.
-#define PG_ACTIVATION(kind, call)              \
-    switch (kind) {                            \
-        case kSilu: call(kSilu); break;        \
-        case kGeluTanh: call(kGeluTanh); break;\
-        case kGelu: call(kGelu); break;        \
-        default: call(kRelu); break;           \
+PG_INLINE f32x16 activation_of(int64_t kind, f32x16 x) {
+    switch (kind) {
+        case kSilu: return activation<kSilu>(x);
+        case kGeluTanh: return activation<kGeluTanh>(x);
+        case kGelu: return activation<kGelu>(x);
+        default: return activation<kRelu>(x);
     }
+}
 
 struct act_and_mul_op : SimpleOp {
     static void run(const Call& c, int, int, int num_threads) {
-#define PG_RUN(kind) run_kind<kind>(c, num_threads)
-        PG_ACTIVATION(c.i[0], PG_RUN)
-#undef PG_RUN
-    }
-    template <int kKind>
-    static void run_kind(const Call& c, int num_threads) {
-        int64_t width = c.t[1].cols;
+        const int64_t width = c.t[1].cols, kind = c.i[0];
         each_vector(c, c.t[1], num_threads, [&](int64_t r, int64_t d, int64_t n) __attribute__((always_inline)) {
-            return gated<kKind>(row<float>(c.t[0], r) + d, width, n);
+            const float* gate = row<float>(c.t[0], r) + d;
+            return mul(activation_of(kind, load_some(gate, n)), load_some(gate + width, n));
         });
     }
 };
-
-// One row of it, x twice as wide as y.
-static void act_and_mul_row(int64_t kind, const float* x, float* y, int64_t width) {
-    const int64_t whole = width & ~int64_t(15);
-#define PG_ROW_OF(kind)                                                            \
-    for (int64_t d = 0; d < whole; d += 16) store(y + d, gated<kind>(x + d, width, 16)); \
-    if (whole < width) store_n(y + whole, gated<kind>(x + whole, width, width - whole), width - whole)
-    PG_ACTIVATION(kind, PG_ROW_OF)
-#undef PG_ROW_OF
-}
