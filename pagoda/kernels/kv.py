@@ -13,7 +13,7 @@ In int8 a group is bytes, then 16 scales as float32; a number is scale * byte, a
     v int8      (num_blocks, num_kv_heads, block_size / 16, (head_dim + 4) * 16)   bytes [8][head_dim][2], signed
 
 so q.k is computed for 16 keys at once with no reduction, and p.v streams whole rows. Pages are touched when they are
-first written, so a plane may be larger than the memory used so far.
+first written, so a plane may be larger than the memory used so far. A GPU's planes are drawn in `triton/plane.py`.
 """
 
 from __future__ import annotations
