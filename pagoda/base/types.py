@@ -135,6 +135,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     timeout: float | None = None  # seconds from arrival, kept by AsyncEngine: then the answer ends as it is
     extra_args: dict[str, Any] | None = None  # for logits processors of plug-ins
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but temperature, top_k, top_p, min_p and the seed decides which token is drawn, and nothing more is reported
+        of it: the fused draw suffices."""
+        return all(getattr(self, name) == value for name, value in _PLAIN_VALUES)
+
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
@@ -214,6 +220,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
 def _check(ok: bool, param: str, rule: str, value: object) -> None:
     if not ok or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidRequest(f"`{param}` {rule}, got {value!r}", param=param)
+
+
+_NOT_PLAIN = (
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "logprobs", "prompt_logprobs", "logit_bias",
+    "allowed_token_ids", "bad_words_token_ids", "typical_p", "top_n_sigma", "dynatemp_range", "xtc_probability", "dry_multiplier",
+    "mirostat_mode",
+)  # fmt: skip
+_PLAIN_VALUES = tuple((name, getattr(SamplingParams(), name)) for name in _NOT_PLAIN)
 
 
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):

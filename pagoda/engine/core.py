@@ -3,7 +3,8 @@
     add -> [launch: scheduler plans, executor.forward] -> [settle: executor.sample, tokens appended, stops checked] -> outputs
 
 `step()` is both halves. They are apart so that steps can overlap: with `pipeline_depth` d, d steps are in flight, and what is
-given back while they are stays fenced until they have settled.
+given back while they are stays fenced until they have settled. A request whose tokens are drawn on the device is planned
+ahead of them; where one of them turns out to end it, the step it was planned for is discarded row by row (`is_stale`).
 
 Every sample ends with exactly one output that carries a finish reason: stop, length, abort or error.
 """
@@ -63,10 +64,12 @@ class EngineCore:
         max_logits_rows: int,
         clock: Clock = monotonic,
         pipeline_depth: int = 1,
+        plans_ahead: bool = True,
         compiler: Compiler | None = None,
         jumps_forward: bool = True,
     ) -> None:
-        """Without `compiler` requests that have a grammar are refused. `jumps_forward` appends forced tokens without sampling them."""
+        """Without `compiler` requests that have a grammar are refused. `plans_ahead` False: no token is planned before it is known,
+        because the worker draws all of them late. `jumps_forward` appends forced tokens without sampling them."""
         assert isinstance(config.model.max_model_len, int) and config.cache.block_size, "the config is not resolved"
         self.config, self.facts = config, facts
         self.failure: Exception | None = None  # what the executor last raised; the caller decides what it means
@@ -84,6 +87,7 @@ class EngineCore:
         self._recorder = StatsRecorder(config.model.max_model_len, num_blocks - 1)
         self._grammars = None if compiler is None else Grammars(compiler, clock)
         self._jumps_forward = jumps_forward
+        self._plans_ahead = plans_ahead and pipeline_depth > 1
         self._families: dict[str, _Family] = {}
         self._in_flight: deque[Step] = deque()
         self._outputs: list[EngineOutput] = []  # terminal outputs that no step produced
@@ -103,6 +107,7 @@ class EngineCore:
         self._recorder.on_arrival(request.params.n, request.params.max_tokens)
         for sample in samples:
             sample.metrics.queued_time = now
+            sample.runs_ahead = self._plans_ahead and request.grammar is None and sample.params.is_plain
             if request.grammar is None:
                 self._scheduler.enqueue(sample)
             else:

@@ -131,7 +131,7 @@ class KvManager:
 
         Returns the new block ids per group, [] when none were needed, or None when the pool cannot give them.
         """
-        num_computed, num_total, tables = req.num_tokens_computed, len(req.token_ids), req.block_tables
+        num_computed, num_total, tables = req.num_tokens_computed, len(req.token_ids) + req.num_tokens_ahead, req.block_tables
         if self._has_windows:
             self._slide(req)
         elif not tables or num_total <= len(tables[0]) * self.block_size:

@@ -32,7 +32,7 @@ __all__ = [
 class ScheduledRequest:
     """One row of a step, as the brain remembers it until the step settles."""
 
-    __slots__ = ("begin", "hashes", "num_planned", "num_preemptions", "req", "slot")
+    __slots__ = ("begin", "hashes", "is_ahead", "num_planned", "num_preemptions", "req", "slot")
 
     def __init__(self, req: Request, slot: int, begin: int, num_planned: int, hashes: list[BlockHash]) -> None:
         self.req = req
@@ -40,6 +40,7 @@ class ScheduledRequest:
         self.begin = begin
         self.num_planned = num_planned
         self.hashes = hashes
+        self.is_ahead = False  # the token it draws counts in `num_tokens_ahead`
         self.num_preemptions = req.num_preemptions  # if it has grown since, the result belongs to a life that is over
 
     @property

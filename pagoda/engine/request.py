@@ -23,8 +23,10 @@ There are no phases. Three counts say everything, in the same unit, tokens from 
     num_tokens_total     known: prompt and what was generated
     num_tokens_computed  their keys and values are in the cache, by steps that have settled
     num_tokens_planned   being computed by steps in flight
+    num_tokens_ahead     being drawn by steps in flight: not known, but sure to come, so that they can be planned
 
-A step may compute `total - computed - planned` more; the one that reaches the last known token samples the next.
+A step may compute `total + ahead - computed - planned` more; the one that reaches the last of them samples the next. Tokens
+are planned ahead only with steps that overlap, and only for requests whose draw needs nothing from the host (`runs_ahead`).
 """
 
 from __future__ import annotations
@@ -131,6 +133,7 @@ class Request:
         "num_blocks_slid",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_tokens_ahead",
         "num_tokens_cached",
         "num_tokens_computed",
         "num_tokens_planned",
@@ -138,6 +141,7 @@ class Request:
         "priority",
         "prompt_logprobs",
         "request_id",
+        "runs_ahead",
         "sequence",
         "slot",
         "state",
@@ -178,6 +182,8 @@ class Request:
         self.state = RequestState.NEW
         self.num_tokens_computed = 0
         self.num_tokens_planned = 0
+        self.num_tokens_ahead = 0
+        self.runs_ahead = False  # its tokens are drawn on the device, where the next step finds them
         self.num_tokens_cached = -1  # found in the prefix cache at first admission; -1 before it
         self.num_preemptions = 0
         self.slot: int | None = None

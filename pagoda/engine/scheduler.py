@@ -1,7 +1,7 @@
 """Which tokens are computed next. The founding sentence: each request's computed tokens catch up with its total tokens.
 
     for each request, those that run before those that wait, in the order of the policy:
-        want = total - computed - planned; every Limiter may lower it; find blocks, or preempt the last one running
+        want = total + ahead - computed - planned; every Limiter may lower it; find blocks, or preempt the last one running
 
 Whoever runs has passed admission, which gave it the blocks of its whole prompt. Nobody is admitted in a step that preempted.
 A waiting request that cannot run yet because another is computing blocks for it is skipped, not blocking; the first one
@@ -105,7 +105,7 @@ class Scheduler:
 
     def _cap(self, req: Request, begin: int, step: Step) -> int:
         """Tokens `req` gets from `begin` on, 0 for none."""
-        want = step.num_missing = len(req.token_ids) - begin
+        want = step.num_missing = len(req.token_ids) + req.num_tokens_ahead - begin
         for cap in self._cappers:
             if want <= 0:
                 return 0
@@ -126,8 +126,12 @@ class Scheduler:
         step.scheduled.append(Scheduled(slot, begin, count, new_block_ids))
         if req.unsent_ids:
             step.scheduled[-1].appended_ids, req.unsent_ids = req.unsent_ids, []
-        step.rows.append(ScheduledRequest(req, slot, begin, count, self._kv.mark(req, count)))
+        row = ScheduledRequest(req, slot, begin, count, self._kv.mark(req, count))
+        step.rows.append(row)
         req.num_tokens_planned += count
+        if req.runs_ahead and count == step.num_missing and begin + count + 1 < req.max_tokens_total:
+            req.num_tokens_ahead += 1
+            row.is_ahead = True
 
     @staticmethod
     def _introduce(req: Request, slot: int) -> NewRequest:
@@ -165,6 +169,8 @@ class Scheduler:
         """The tokens of a row that is not stale were computed: from planned to computed, and full blocks to the index."""
         row.req.num_tokens_planned -= row.num_planned
         row.req.num_tokens_computed += row.num_planned
+        if row.is_ahead:
+            row.req.num_tokens_ahead -= 1
         self._kv.commit(row.req)
 
     # ---- states
@@ -203,7 +209,7 @@ class Scheduler:
         self._kv.release(req)
         for release in self._releasers:
             release(req)
-        req.num_tokens_computed = req.num_tokens_planned = 0
+        req.num_tokens_computed = req.num_tokens_planned = req.num_tokens_ahead = 0
 
     @staticmethod
     def _take_from(queue: list[Request], req: Request) -> None:
@@ -231,6 +237,7 @@ class Scheduler:
         assert None not in slots and len(set(slots)) == len(slots), "two requests in one slot"
         assert not set(slots) & set(self.slots.free), "a slot in use is free"
         for req in self.running:
-            assert 0 <= req.num_tokens_computed + req.num_tokens_planned <= req.num_tokens_total
+            known = req.num_tokens_total + req.num_tokens_ahead
+            assert 0 <= req.num_tokens_computed + req.num_tokens_planned <= known < req.max_tokens_total + 1
         assert all(req.slot is None and req.num_tokens_computed == 0 for req in self.waiting)
         self._kv.check_integrity(self.unfinished())

@@ -186,7 +186,7 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequ
     compiler = GrammarCompiler(lambda: load_front(config).tokenizer, facts.vocab_size)
     core = EngineCore(
         config, facts, budget.num_blocks, executor, max_logits_rows=runner.max_rows, compiler=compiler,
-        pipeline_depth=runner.num_steps,
+        pipeline_depth=runner.num_steps, plans_ahead=runner.plans_ahead,
     )  # fmt: skip
     mode, why = runner.mode
     ledger = Ledger(

@@ -30,6 +30,10 @@ class AnyRunner(Protocol):
     def num_steps(self) -> int:
         """Steps that may be between their halves."""
 
+    @property
+    def plans_ahead(self) -> bool:
+        """Plain requests may be planned ahead of their tokens."""
+
     def forward(self, plan: StepPlan) -> None: ...
 
     def sample(self, step: int, masks: Masks | None = None) -> StepResult: ...

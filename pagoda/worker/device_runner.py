@@ -85,6 +85,11 @@ class DeviceRunner:
         self._free = [_Buffers(device.event(), device.pinned(max(sizes.max_rows, sizes.max_seqs), "int32")) for _ in range(num_steps + 1)]
 
     @property
+    def plans_ahead(self) -> bool:
+        """Not with plug-ins, which may want any row on the host."""
+        return not self.table.has_processors
+
+    @property
     def max_rows(self) -> int:
         return self.sizes.max_rows
 

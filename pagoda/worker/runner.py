@@ -35,6 +35,7 @@ class Runner:
         self._step: _Launched | None = None
 
     num_steps = 1
+    plans_ahead = False
 
     @property
     def max_rows(self) -> int:

@@ -62,6 +62,10 @@ class RequestTable:
         self.infos: list[SlotInfo | None] = [None] * n
 
     @property
+    def has_processors(self) -> bool:
+        return bool(self._processors)
+
+    @property
     def nbytes(self) -> int:
         return self.tokens_NL.nbytes + self.tables_gNB.nbytes
 

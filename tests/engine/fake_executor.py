@@ -3,6 +3,9 @@
 Keys and values are simulated: each (block, offset) holds the group it was written for and the hash of the whole prefix that
 ends there. A step writes when its forward starts and reads when it is sampled, so a block that is reused too early, a wrong
 block table, a stale or missing token all show up as an assertion. The next token is a hash of the prefix and the seed.
+
+As on a GPU, a plain request's token is known to the worker as soon as the forward started, so that the next step can be
+planned before it is told; one with a grammar or anything else is drawn when the step is sampled, and may not be planned ahead.
 """
 
 from __future__ import annotations
@@ -110,6 +113,8 @@ class FakeExecutor:
             row = self._slots[scheduled.slot]
             row.hashes = chain(row.tokens, row.hashes)
             self._write(row, scheduled, written)
+            if scheduled.num_computed + scheduled.num_planned == len(row.tokens) and row.new.params.is_plain and not row.new.is_guided:
+                row.tokens.append(toy_token(row.hashes[-1], row.new.params.seed or 0, set()))
             launched.append(_Launched(row, scheduled, [table.copy() for table in row.tables], row.hashes.copy()))
         self._launched[plan.step] = launched
 
@@ -184,7 +189,8 @@ class FakeExecutor:
             row.token_ids = [token]
             if new.params.logprobs is not None:
                 row.logprobs = [toy_logprob(hashes[-1], token)]
-            entry.row.tokens.append(token)
+            if not new.params.is_plain or new.is_guided:
+                entry.row.tokens.append(token)
         return row
 
     def call(self, method: str, *args: object) -> object:
