@@ -74,8 +74,9 @@ struct linear_op {
         const int64_t panels = (c.t[4].cols + 15) / 16;   // of a gated product those of the gate, each with its factor's
         const int64_t chunk = round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
         while (take(c, panels, chunk, &begin, &end)) {
-            multiply(c, x, begin, end);
-            if (c.i[1]) multiply(c, x, begin + panels, end + panels);
+            const int64_t likely = upcoming(c) + (num_threads - 1) * chunk, next = likely < panels ? likely : -1;   // the others come first
+            multiply(c, x, begin, end, c.i[1] ? begin + panels : next);
+            if (c.i[1]) multiply(c, x, begin + panels, end + panels, next);
         }
     }
     static Finish finish_of(const Call& c) { return {&c.t[2], &c.t[3], &c.t[4], c.t[1].rows, c.i[1]}; }
@@ -93,16 +94,17 @@ struct linear_op {
         for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
     }
 
-    static void multiply(const Call& c, const char* x, int64_t begin, int64_t end) {
+    // Panels [begin, end); panel `next`, unless negative, is likely to be wanted after them.
+    static void multiply(const Call& c, const char* x, int64_t begin, int64_t end, int64_t next) {
         const pg_tensor& w = c.t[1];
         const Finish finish = finish_of(c);
         switch (w.dtype) {
             case PG_W_F32:
-                if (converts(c)) return float_panels<F32Panels>((const float*)x, row_bytes(w) / 4, w, c.rows, begin, end, finish);
-                return float_panels<F32Panels>(row<float>(c.t[0], 0), c.t[0].stride, w, c.rows, begin, end, finish);
-            case PG_W_BF16: return float_panels<Bf16Panels>((const uint16_t*)x, row_bytes(w) / 2, w, c.rows, begin, end, finish);
+                if (converts(c)) return float_panels<F32Panels>((const float*)x, row_bytes(w) / 4, w, c.rows, begin, end, next, finish);
+                return float_panels<F32Panels>(row<float>(c.t[0], 0), c.t[0].stride, w, c.rows, begin, end, next, finish);
+            case PG_W_BF16: return float_panels<Bf16Panels>((const uint16_t*)x, row_bytes(w) / 2, w, c.rows, begin, end, next, finish);
         }
-#define PG_STORED(Format, Act) stored_panels<Format, Act>(x, w, c.rows, begin, end, finish)
+#define PG_STORED(Format, Act) stored_panels<Format, Act>(x, w, c.rows, begin, end, next, finish)
         PG_BLOCK_FORMAT(w.dtype, PG_STORED)
 #undef PG_STORED
     }

@@ -135,14 +135,15 @@ static void block_rows(const char* x, int64_t row_bytes, const char* w, int64_t 
     }
 }
 
-// Few rows: panels [begin, end) are streamed one after the other.
+// Few rows: panels [begin, end) are streamed one after the other; panel `after`, unless negative, is likely to come then.
 template <class Format, class Act>
-static void stored_panels(const char* x, const pg_tensor& weight, int64_t rows, int64_t begin, int64_t end, const Finish& finish) {
+static void stored_panels(const char* x, const pg_tensor& weight, int64_t rows, int64_t begin, int64_t end, int64_t after, const Finish& finish) {
     const int64_t k = weight.cols, bytes = panel_bytes<Format>(k);
+    const char* w = static_cast<const char*>(weight.data);
     for (int64_t p = begin; p < end; ++p) {
-        const char* w = static_cast<const char*>(weight.data) + p * bytes;
-        Fetch next = fetch(w + bytes, p + 1 < end ? bytes : 0, k / 32, rows <= kStoredRows);
-        block_rows<Stored<Format, Act>, 1, kStoredRows>(x, quant_row_bytes<Act>(k), w, bytes, k / 32, 0, rows, p * 16, next, finish);
+        const int64_t ahead = p + 1 < end ? p + 1 : after;
+        Fetch next = fetch(w + ahead * bytes, ahead >= 0 ? bytes : 0, k / 32, rows <= kStoredRows);
+        block_rows<Stored<Format, Act>, 1, kStoredRows>(x, quant_row_bytes<Act>(k), w + p * bytes, bytes, k / 32, 0, rows, p * 16, next, finish);
     }
 }
 

@@ -98,17 +98,18 @@ static void float_rows(const typename Panels::Element* x, int64_t x_stride, cons
     }
 }
 
-// All rows against panels [begin, end).
+// All rows against panels [begin, end); panel `after`, unless negative, is likely to come then.
 template <class Panels>
 static void float_panels(const typename Panels::Element* x, int64_t x_stride, const pg_tensor& weight, int64_t rows,
-                         int64_t begin, int64_t end, const Finish& finish) {
-    const int64_t steps = (weight.cols + Panels::kStep - 1) / Panels::kStep, panel_bytes = steps * 64;
+                         int64_t begin, int64_t end, int64_t after, const Finish& finish) {
+    const int64_t steps = (weight.cols + Panels::kStep - 1) / Panels::kStep, panel_bytes = steps * 64, panels = (weight.rows + 15) / 16;
     const char* w = static_cast<const char*>(weight.data);
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     int64_t p = begin;
     for (; p + kTilePanels <= end; p += kTilePanels) {
-        const int64_t left = end - p - kTilePanels, ahead = (left < kTilePanels ? left : kTilePanels) * panel_bytes;
-        Fetch next = fetch(w + (p + kTilePanels) * panel_bytes, rows > 1 ? ahead : 0, steps * tiles, tiles == 1);
+        const int64_t ahead = p + kTilePanels < end ? p + kTilePanels : after, left = ahead < 0 ? 0 : panels - ahead;
+        const int64_t bytes = (left < kTilePanels ? left : kTilePanels) * panel_bytes;
+        Fetch next = fetch(w + ahead * panel_bytes, rows > 1 ? bytes : 0, steps * tiles, tiles == 1);
         float_rows<Panels, kTilePanels>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, next, finish);
     }
     Fetch nothing{};
