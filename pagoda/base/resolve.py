@@ -117,8 +117,8 @@ def _resolve_model(config: ModelConfig, facts: ModelFacts, reasons: list[Reason]
         raise ConfigError("`--dtype float16`: CPUs do not compute in float16; use bfloat16, or float32 which loses nothing")
     if dtype == "auto" and device != "cpu":
         dtype = "float16" if facts.dtype == "float16" else "bfloat16"
-        why = "as the checkpoint" if dtype == facts.dtype else f"the checkpoint is {facts.dtype}; GPUs compute in 16 bits"
-        reasons.append(Reason("dtype", dtype, why))
+        is_same = dtype == facts.dtype
+        reasons.append(Reason("dtype", dtype, "as the checkpoint" if is_same else f"the checkpoint is {facts.dtype}; GPUs compute in 16 bits"))
     if dtype == "auto":
         dtype = "bfloat16"
         why = {"bfloat16": "as the checkpoint", "float32": "the checkpoint is float32; bfloat16 halves memory and time (`--dtype float32` keeps it)",
@@ -174,7 +174,7 @@ def _resolve_gpu_cache(config: CacheConfig, model: ModelConfig, facts: ModelFact
         raise ConfigError(f"`--gpu-memory-utilization` must be above 0 and at most 1, got {config.gpu_memory_utilization}")
     dtype = config.kv_cache_dtype
     if dtype == "auto":
-        dtype = model.dtype  # type: ignore[assignment]
+        dtype = model.dtype
         reasons.append(Reason("kv_cache_dtype", dtype, f"--dtype is {model.dtype}"))
     return replace(config, block_size=block_size, kv_cache_dtype=dtype)
 

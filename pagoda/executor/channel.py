@@ -4,7 +4,10 @@
     PUSH (connects)  --- requests.ipc --->        PULL (binds)      Submit Abort Call Ping Shutdown
     PULL (binds)     <--- outputs.ipc ----        PUSH (connects)   Ready Outputs CallReply Pong Dead
 
-One message carries all outputs of one engine step. Whoever connects may send before the other side is there: the message waits in
+Several API processes may stand on the left: front 0 is the process that started the engine, the others come with Join and get pipes of
+their own (outputs-N.ipc). A number is never used twice, so that nothing meant for a dead process reaches its successor.
+
+One message carries all outputs of one engine step to one front. Whoever connects may send before the other side is there: the message waits in
 the pipe. Queues are unbounded: what is in them is bounded by the requests admitted.
 """
 
@@ -28,6 +31,8 @@ __all__ = [
     "EngineInfo",
     "FrontChannel",
     "Hello",
+    "Join",
+    "Leave",
     "Outputs",
     "Ping",
     "Pong",
@@ -49,8 +54,21 @@ class Hello(msgspec.Struct):
     log_level: str
 
 
+class Join(msgspec.Struct, tag=True):
+    """From another API process: answered by Ready, now or when the model is loaded."""
+
+    front: int
+
+
+class Leave(msgspec.Struct, tag=True):
+    """From front 0: that process has ended, and what it asked for with it."""
+
+    front: int
+
+
 class Submit(msgspec.Struct, tag=True):
     request: GenerateRequest
+    front: int = 0
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -64,17 +82,20 @@ class Call(msgspec.Struct, tag=True):
     call_id: int
     method: str
     args: list[Any] = []
+    front: int = 0
 
 
 class Ping(msgspec.Struct, tag=True):
     """Answered at the next step boundary: proof that the loop goes round."""
+
+    front: int = 0
 
 
 class Shutdown(msgspec.Struct, tag=True):
     pass
 
 
-ToCore = Submit | Abort | Call | Ping | Shutdown
+ToCore = Join | Leave | Submit | Abort | Call | Ping | Shutdown
 
 
 class EngineInfo(msgspec.Struct, kw_only=True):
@@ -120,8 +141,8 @@ class Dead(msgspec.Struct, tag=True):
 ToFront = Ready | Outputs | CallReply | Pong | Dead
 
 
-def _addresses(directory: str | Path) -> tuple[str, str]:
-    return f"ipc://{directory}/requests.ipc", f"ipc://{directory}/outputs.ipc"
+def _addresses(directory: str | Path, front: int) -> tuple[str, str]:
+    return f"ipc://{directory}/requests.ipc", f"ipc://{directory}/outputs{f'-{front}' if front else ''}.ipc"
 
 
 def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -134,16 +155,19 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[by
 
 
 class FrontChannel:
-    """The API process's end. Nothing here blocks; `fd` becomes readable when messages may be there."""
+    """An API process's end. Nothing here blocks; `fd` becomes readable when messages may be there."""
 
-    def __init__(self, directory: str | Path) -> None:
-        requests, outputs = _addresses(directory)
+    def __init__(self, directory: str | Path, front: int = 0) -> None:
+        self.front = front
+        requests, outputs = _addresses(directory, front)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
         self._out, self._in = _socket(self._context, zmq.PUSH), _socket(self._context, zmq.PULL)
         self._in.bind(outputs)
         self._out.connect(requests)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToFront).decode
+        if front:
+            self.send(Join(front))
 
     @property
     def fd(self) -> int:
@@ -169,16 +193,40 @@ class CoreChannel:
     _FLUSH_MS = 2000  # how long `close` waits for the last messages to leave
 
     def __init__(self, directory: str | Path) -> None:
-        requests, outputs = _addresses(directory)
+        self._directory = directory
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
-        self._in, self._out = _socket(self._context, zmq.PULL), _socket(self._context, zmq.PUSH)
-        self._in.bind(requests)
-        self._out.connect(outputs)
+        self._in = _socket(self._context, zmq.PULL)
+        self._in.bind(_addresses(directory, 0)[0])
+        self._outs: dict[int, zmq.Socket[bytes]] = {}
+        self._left: set[int] = set()  # their last messages may come after the news of their end
+        self.join(0)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToCore).decode
 
-    def send(self, message: ToFront) -> None:
-        self._out.send(self._encode(message), zmq.NOBLOCK)
+    def join(self, front: int) -> None:
+        """From now on `front` can be told something, unless it has left."""
+        if front in self._left:
+            return
+        out = self._outs[front] = _socket(self._context, zmq.PUSH)
+        out.connect(_addresses(self._directory, front)[1])
+
+    def leave(self, front: int) -> None:
+        """Nothing is meant for `front` any more."""
+        self._left.add(front)
+        if (out := self._outs.pop(front, None)) is not None:
+            out.close()
+
+    def has_left(self, front: int) -> bool:
+        return front in self._left
+
+    def send(self, message: ToFront, front: int = 0) -> None:
+        """To a front that is there; what one that has left would have heard is dropped."""
+        if (out := self._outs.get(front)) is not None:
+            out.send(self._encode(message), zmq.NOBLOCK)
+
+    def send_to_all(self, message: ToFront) -> None:
+        for front in self._outs:
+            self.send(message, front)
 
     def wait(self, milliseconds: int) -> bool:
         """Until a message is there; False when the time is over."""
@@ -189,9 +237,10 @@ class CoreChannel:
         return [self._decode(raw) for raw in _drain(self._in)]
 
     def close(self) -> None:
-        self._out.setsockopt(zmq.LINGER, self._FLUSH_MS)
+        for out in self._outs.values():
+            out.setsockopt(zmq.LINGER, self._FLUSH_MS)
+            out.close()
         self._in.close()
-        self._out.close()
         self._context.term()
 
 

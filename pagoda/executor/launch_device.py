@@ -70,11 +70,13 @@ def _fit(config: EngineConfig, facts: ModelFacts, device: Device, model: Model, 
     limit = int(memory.total * cache.gpu_memory_utilization)
     left = limit - (memory.total - memory.free) - workspace - reserve
     if left <= 0 and cache.kv_cache_memory_bytes is None and cache.num_gpu_blocks_override is None:
+        share = -left / memory.total + 0.01
+        raising = f"raise it by {share:.2f}, or " if cache.gpu_memory_utilization + share <= 1 else ""
         raise OutOfMemory(
             f"nothing is left for the KV cache: of {memory.total / _GIB:.1f} GiB, {limit / _GIB:.1f} may be used (--gpu-memory-utilization "
             f"{cache.gpu_memory_utilization:g}); others have {others_nbytes / _GIB:.1f}, weights {model.nbytes / _GIB:.1f}, workspace "
-            f"{workspace / _GIB:.1f}, graphs and state {reserve / _GIB:.1f}: raise it by {(-left) / memory.total + 0.01:.2f}, or lower "
-            f"--max-num-batched-tokens or --max-num-seqs"
+            f"{workspace / _GIB:.1f}, graphs and state {reserve / _GIB:.1f}: {raising}lower --max-num-batched-tokens or --max-num-seqs, "
+            f"which take the last two, by what is {-left / _GIB:.2f} GiB too much"
         )
     budget = fit_kv_cache(config, facts, left, device_block_nbytes(facts, dtype=cache.kv_cache_dtype, block_size=block))
     sizes = replace(sizes, max_blocks=-(-budget.max_model_len // block))
@@ -109,12 +111,12 @@ def _fit(config: EngineConfig, facts: ModelFacts, device: Device, model: Model, 
 
 def _measure_workspace(config: EngineConfig, facts: ModelFacts, device: Device, model: Model, sizes: Sizes, backend: Any) -> int:
     """Bytes the largest step needs beside what stays: one is run, of padding, against a cache of a single block."""
-    store = DeviceStore(
-        device, facts, dtype=config.cache.kv_cache_dtype, block_size=int(config.cache.block_size or 0), num_blocks=1,
-        fixed_tiles=config.device.batch_invariant, split_tokens=split_tokens(facts.max_model_len), backend=backend,
-    )  # fmt: skip
 
     def largest_step() -> None:
+        store = DeviceStore(
+            device, facts, dtype=config.cache.kv_cache_dtype, block_size=int(config.cache.block_size or 0), num_blocks=1,
+            fixed_tiles=config.device.batch_invariant, split_tokens=split_tokens(facts.max_model_len), backend=backend,
+        )  # fmt: skip
         inputs = Inputs.allocate(device, sizes, len(facts.kv_groups))
         inputs.kv_slots_gT.fill_(-1)
         logits_RV = DeviceForward(device, model, inputs, store.planes).run(sizes.max_tokens, sizes.max_seqs, sizes.max_rows)

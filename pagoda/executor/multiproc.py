@@ -26,6 +26,7 @@ import msgspec
 from pagoda.base.clock import Clock, monotonic
 from pagoda.base.errors import PagodaError
 from pagoda.base.log import get_logger, setup_logging
+from pagoda.base.types import EngineOutput, GenerateRequest
 from pagoda.executor.channel import (
     Abort,
     Call,
@@ -34,6 +35,8 @@ from pagoda.executor.channel import (
     Dead,
     EngineInfo,
     Hello,
+    Join,
+    Leave,
     Outputs,
     Ping,
     Pong,
@@ -64,11 +67,42 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class Owners:
+    """Which front asked for which request, where that is not front 0: with one API process there is nothing to keep."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, tuple[int, set[int]]] = {}  # request id -> front, samples that have not ended
+
+    def note(self, request: GenerateRequest, front: int) -> None:
+        if front:
+            self._owners[request.request_id] = front, set(range(request.params.n))
+
+    def of(self, front: int) -> list[str]:
+        """Requests of `front` that have not ended."""
+        return [name for name, (owner, _) in self._owners.items() if owner == front]
+
+    def split(self, outputs: list[EngineOutput]) -> list[tuple[int, list[EngineOutput]]]:
+        """Outputs by whom they are for, in their order. Requests that have ended are forgotten."""
+        if not outputs or not self._owners:
+            return [(0, outputs)] if outputs else []
+        parts: dict[int, list[EngineOutput]] = {}
+        for output in outputs:
+            front, live = self._owners.get(output.request_id, (0, set()))
+            parts.setdefault(front, []).append(output)
+            if front and output.finish_reason is not None:
+                live.discard(output.index)
+                if not live:
+                    del self._owners[output.request_id]
+        return list(parts.items())
+
+
 class CoreLoop:
     """Messages in, steps, outputs out, until told to stop."""
 
-    def __init__(self, engine: Engine, channel: CoreChannel, clock: Clock = monotonic) -> None:
-        self._core, self._channel, self._clock = engine.core, channel, clock
+    def __init__(self, engine: Engine, channel: CoreChannel, ready: Ready, clock: Clock = monotonic) -> None:
+        """`ready` is what a front hears that joins."""
+        self._core, self._channel, self._ready, self._clock = engine.core, channel, ready, clock
+        self._owners = Owners()
         self._longest_step = 0.0
         self._is_stopping = False
         self._is_checked = True
@@ -90,8 +124,8 @@ class CoreLoop:
         outputs = self._core.step()
         self._longest_step = max(self._longest_step, self._clock() - started)
         self._is_checked = False
-        if outputs:
-            self._channel.send(Outputs(outputs, self._longest_step))
+        for front, theirs in self._owners.split(outputs):
+            self._channel.send(Outputs(theirs, self._longest_step), front)
         if self._core.failure is not None:  # its requests have their error; the others go on
             logger.error("a step failed:\n%s", "".join(traceback.format_exception(self._core.failure)))
             self._core.failure = None
@@ -99,14 +133,23 @@ class CoreLoop:
     def _handle(self, messages: list[ToCore]) -> None:
         for message in messages:
             match message:
-                case Submit(request):
+                case Submit(_, front) if self._channel.has_left(front):
+                    continue
+                case Submit(request, front):
+                    self._owners.note(request, front)
                     self._core.submit(request)
                 case Abort(ids, reason):
                     self._core.abort(ids, reason)
                 case Call():
-                    self._channel.send(self._call(message))
-                case Ping():
-                    self._channel.send(Pong(self._longest_step))
+                    self._channel.send(self._call(message), message.front)
+                case Ping(front):
+                    self._channel.send(Pong(self._longest_step), front)
+                case Join(front):
+                    self._channel.join(front)
+                    self._channel.send(self._ready, front)
+                case Leave(front):
+                    self._channel.leave(front)
+                    self._core.abort(self._owners.of(front))
                 case Shutdown():
                     self._is_stopping = True
 
@@ -152,17 +195,18 @@ def serve_core(hello: Hello, channel: CoreChannel) -> int:
     try:
         started = time.monotonic()
         engine = _builder(hello.builder)(hello.config)
-        channel.send(Ready(_info(engine, time.monotonic() - started)))
+        ready = Ready(_info(engine, time.monotonic() - started))
+        channel.send(ready)
         gc.collect()
         gc.freeze()  # what loading left behind is never garbage: collections in the loop need not look at it
-        CoreLoop(engine, channel).run()
+        CoreLoop(engine, channel, ready).run()
         return 0
     except PagodaError as exc:
-        channel.send(Dead(exc.message, type(exc).__name__))
+        channel.send_to_all(Dead(exc.message, type(exc).__name__))
         return 1
     except Exception as exc:
         logger.error("the engine process fails:\n%s", traceback.format_exc())
-        channel.send(Dead(f"{type(exc).__name__}: {exc}", "EngineDead"))
+        channel.send_to_all(Dead(f"{type(exc).__name__}: {exc}", "EngineDead"))
         return 1
     finally:
         if engine is not None:

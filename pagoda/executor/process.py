@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -44,7 +44,7 @@ from pagoda.executor.channel import (
     ToFront,
 )
 
-__all__ = ["BUILDER", "EngineProcess", "ProcessClient"]
+__all__ = ["BUILDER", "EngineHandle", "EngineProcess", "ProcessClient"]
 
 BUILDER = "pagoda.executor.launch:build_engine"
 _CODE = "import sys; sys.path[:] = {path!r}; from pagoda.executor.multiproc import main; main()"
@@ -54,13 +54,35 @@ _STALL_STEPS = 10.0
 _LAST_WORDS_SECONDS = 0.1  # what a process said before it ended may still be in the pipe
 
 
+class EngineHandle(Protocol):
+    """An engine process as a client of it needs to know it; `EngineProcess` is one for the process that started it."""
+
+    @property
+    def channel(self) -> FrontChannel: ...
+
+    def wait(self) -> str:
+        """Block until the process has ended; how it ended, in words."""
+
+    def stop(self) -> None:
+        """This client will not need it any more."""
+
+
 class EngineProcess:
     """A started engine process and the directory of its pipes."""
 
     def __init__(self, process: subprocess.Popen[bytes], directory: str, channel: FrontChannel) -> None:
         self._process, self._directory = process, directory
         self._is_stopped = False
-        self.channel = channel
+        self._channel = channel
+
+    @property
+    def channel(self) -> FrontChannel:
+        return self._channel
+
+    @property
+    def directory(self) -> str:
+        """Where the pipes are; readable by this user only, and removed by `stop`."""
+        return self._directory
 
     @classmethod
     def start(cls, config: EngineConfig, *, builder: str = BUILDER, log_level: str = "info") -> EngineProcess:
@@ -114,7 +136,7 @@ class EngineProcess:
 class ProcessClient:
     """The core behind a channel, for one event loop. Methods without `async` never block."""
 
-    def __init__(self, process: EngineProcess, clock: Clock = monotonic) -> None:
+    def __init__(self, process: EngineHandle, clock: Clock = monotonic) -> None:
         """Must be made inside the running event loop."""
         self._process, self._channel, self._clock = process, process.channel, clock
         self._loop = asyncio.get_running_loop()
@@ -144,7 +166,7 @@ class ProcessClient:
         """Raises EngineDead; everything else comes back as the request's outputs."""
         self._check()
         self._live[request.request_id] = set(range(request.params.n))
-        self._channel.send(Submit(request))
+        self._channel.send(Submit(request, self._channel.front))
 
     def abort(self, ids: Iterable[str | tuple[str, int]], reason: FinishReason = FinishReason.ABORT) -> None:
         """End samples; their terminal outputs still come. Nothing happens when the engine is dead."""
@@ -165,7 +187,7 @@ class ProcessClient:
         call_id = next(self._call_ids)
         future = self._calls[call_id] = self._loop.create_future()
         try:
-            self._channel.send(Call(call_id, method, list(args)))
+            self._channel.send(Call(call_id, method, list(args), self._channel.front))
             return await future
         finally:
             self._calls.pop(call_id, None)
@@ -238,7 +260,7 @@ class ProcessClient:
         if self._death is not None:
             return
         if self._clock() - self._last_heard >= _PING_SECONDS:
-            self._channel.send(Ping())
+            self._channel.send(Ping(self._channel.front))
         self._pinger = self._loop.call_later(_PING_SECONDS, self._ping)
 
     def _watch(self) -> None:

@@ -94,6 +94,9 @@ class Device(Protocol):
 
     def memory(self) -> Memory: ...
 
+    def charge(self, nbytes: int) -> None:
+        """About so much is about to be allocated by others' code: a null device counts it."""
+
     def peak_of(self, function: Callable[[], None]) -> int:
         """Runs it -> the most bytes it needed beside those in use before. A null device counts none, and does not run it."""
 
@@ -155,6 +158,9 @@ class Cuda:
     def memory(self) -> Memory:
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return Memory(total, free, torch.cuda.memory_allocated(self.torch_device))
+
+    def charge(self, nbytes: int) -> None:
+        """torch counts by itself."""
 
     def peak_of(self, function: Callable[[], None]) -> int:
         torch.cuda.reset_peak_memory_stats(self.torch_device)
@@ -224,13 +230,16 @@ class Null:
     def memory(self) -> Memory:
         return Memory(self._total, self._total - self._used, self._used)
 
+    def charge(self, nbytes: int) -> None:
+        if self._used + nbytes > self._total:
+            raise torch.OutOfMemoryError(f"of {self._total} bytes {self._used} are used, and {nbytes} more are asked for")
+        self._used += nbytes
+
     def peak_of(self, function: Callable[[], None]) -> int:
         return 0
 
     def _count(self, tensor: Any) -> Any:
-        self._used += int(tensor.nbytes)
-        if self._used > self._total:
-            raise torch.OutOfMemoryError(f"the null device has {self._total} bytes, and {self._used} are used")
+        self.charge(int(tensor.nbytes))
         return tensor
 
 
@@ -251,7 +260,9 @@ class DevicePlace:
     def weight(self, format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Any:
         from pagoda.kernels.triton.weight import pack_for_device
 
-        return pack_for_device(format, parts, device=self._device.torch_device, dtype=TYPES[self._dtype], fixed_tiles=self._fixed_tiles)
+        found = pack_for_device(format, parts, device=self._device.torch_device, dtype=TYPES[self._dtype], fixed_tiles=self._fixed_tiles)
+        self._device.charge(found.nbytes)
+        return found
 
     def vector(self, array: np.ndarray, *, is_addend: bool = False) -> Any:
         found = self._device.upload(np.ascontiguousarray(array))

@@ -90,6 +90,7 @@ class DeviceStore:
         backend: AttentionBackend,
     ) -> None:  # fmt: skip
         self._device, self.backend = device, backend
+        device.charge(num_blocks * device_block_nbytes(facts, dtype=dtype, block_size=block_size))
         self.planes: tuple[DevicePlane, ...] = tuple(
             allocate_device_plane(
                 dtype=_PLANE_TYPES.get(dtype, dtype), block_size=block_size, num_blocks=num_blocks, num_kv_heads=facts.num_kv_heads,

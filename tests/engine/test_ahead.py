@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -73,8 +74,8 @@ def test_a_mask_delays_only_its_own_row() -> None:
     rig.check_sample("free")
     free = [plan.step for plan in rig.executor.plans if any(row.slot == 1 for row in plan.scheduled)]
     guided = [plan.step for plan in rig.executor.plans if any(row.slot == 0 for row in plan.scheduled)]
-    assert all(b - a == 1 for a, b in zip(free, free[1:], strict=False)), "it is in every step from its first to its last"
-    assert all(b - a == 2 for a, b in zip(guided, guided[1:], strict=False) if b <= free[-1])
+    assert all(b - a == 1 for a, b in itertools.pairwise(free)), "it is in every step from its first to its last"
+    assert all(b - a == 2 for a, b in itertools.pairwise(guided) if b <= free[-1])
     rig.check_whole()
 
 
