@@ -29,6 +29,14 @@ from pagoda.kernels import logits_ops, ops, table
 from pagoda.kernels.triton.embedding import dequantize
 from pagoda.kernels.triton.launch import Arch, Launch, collect
 from pagoda.kernels.triton.plane import allocate_device_plane
+from pagoda.kernels.triton.prepare import (
+    Counts,
+    StateLayout,
+    apply_changes,
+    commit_tokens,
+    prepare_rows,
+    prepare_sequences,
+)
 from pagoda.kernels.triton.weight import DeviceWeight
 
 TARGETS = {
@@ -154,6 +162,21 @@ def _sampling(model: Model, rows: int) -> None:
         logits_ops.count_tokens(seen, ints, ints, is_prompt=is_prompt)
 
 
+def _preparing(slots: int, num_groups: int) -> None:
+    """What a step starts before its forward and behind its draw."""
+    layout = StateLayout(slots, 8192, num_groups, 512)
+    state, stage = _meta(layout.num_words, dtype=torch.int32), _meta(65536, dtype=torch.int32)
+    ints, longs, floats = _meta(slots, dtype=torch.int32), _meta(slots, dtype=torch.int64), _meta(slots)
+    counts = Counts(33, slots, slots)
+    apply_changes(state, stage, counts.changes)
+    prepare_sequences(
+        state, layout, stage, counts, ints, ints, ints, ints, _meta(num_groups, slots, 512, dtype=torch.int32),
+        _meta(num_groups, 8192, dtype=torch.int64), num_padded=0, block_size=16,
+    )  # fmt: skip
+    prepare_rows(state, layout, stage, counts, ints, (floats, ints, floats, floats, longs, longs), num_padded=0)
+    commit_tokens(state, layout, stage, counts, ints)
+
+
 def launches(model: Model, target: str) -> list[Launch]:
     """Every launch of a decoding step of 256, of one row, of a prefill and of sampling, with the tiles of `target`."""
     gpu = TARGETS[target]
@@ -162,6 +185,7 @@ def launches(model: Model, target: str) -> list[Launch]:
         for tokens, seqs in ((256, 256), (1, 1), (160, 4)):
             _forward(model, tokens, seqs)
         _sampling(model, 256)
+        _preparing(256, 2 if model.window else 1)
     return found
 
 
