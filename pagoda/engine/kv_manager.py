@@ -166,6 +166,8 @@ class KvManager:
             return []
         begin = req.num_tokens_computed + req.num_tokens_planned
         first = begin // self.block_size
+        if first >= len(req.token_ids) // self.block_size:
+            return []  # as when decoding: the block is not full yet
         last = min(-(-(begin + num_tokens) // self.block_size), self._num_blocks_sharable(req))
         if first >= last:
             return []
@@ -188,7 +190,10 @@ class KvManager:
         """Offers every full block up to `num_tokens_computed`, whose tokens are now verified, to the prefix index."""
         if req.hash_root is None:
             return
-        num_full = min(req.num_tokens_computed // self.block_size, self._num_blocks_sharable(req))
+        num_full = req.num_tokens_computed // self.block_size
+        if num_full <= req.num_blocks_committed:
+            return
+        num_full = min(num_full, self._num_blocks_sharable(req))
         for place in range(req.num_blocks_committed, num_full):
             block_hash = req.block_hash(place, self.block_size)
             for idx, table in enumerate(req.block_tables):

@@ -13,7 +13,7 @@ from pagoda.base.config import SchedulerConfig
 from pagoda.base.hashing import BlockHash
 from pagoda.base.plan import NewRequest, Scheduled, StepPlan
 from pagoda.engine.fence import Fence
-from pagoda.engine.request import Request
+from pagoda.engine.request import Request, RequestState
 
 __all__ = [
     "Limiter",
@@ -45,7 +45,8 @@ class ScheduledRequest:
 
     @property
     def is_stale(self) -> bool:
-        return self.req.is_finished or self.req.num_preemptions != self.num_preemptions
+        req = self.req
+        return req.num_preemptions != self.num_preemptions or req.state is RequestState.FINISHED
 
 
 class Step:

@@ -118,6 +118,7 @@ class Request:
     """State of one sample. Written by the scheduler, the KV manager and the core only."""
 
     __slots__ = (
+        "_end_ids",
         "awaited_hash",
         "block_hashes",
         "block_tables",
@@ -179,6 +180,7 @@ class Request:
         self.grammar_end_ids = frozenset[int]()  # end a sample whose grammar is over, whatever min_tokens and ignore_eos say
         self.guide: Guide | None = None
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        self._end_ids = self.eos_token_ids | self.stop_token_ids
         self.state = RequestState.NEW
         self.num_tokens_computed = 0
         self.num_tokens_planned = 0
@@ -231,7 +233,10 @@ class Request:
 
     def check_stop(self, token_id: int) -> tuple[FinishReason, int | None] | None:
         """Whether the token just appended ends the sample: eos, then stop token ids, then length. Returns (reason, stop_reason)."""
-        num_output = len(self.token_ids) - self.num_prompt_tokens
+        count = len(self.token_ids)
+        if count < self.max_tokens_total and token_id not in self._end_ids and self.guide is None:
+            return None  # nearly always
+        num_output = count - self.num_prompt_tokens
         if self.guide is not None and self.guide.is_on and token_id in self.grammar_end_ids:
             return FinishReason.STOP, None
         if num_output >= self.params.min_tokens:
@@ -239,7 +244,7 @@ class Request:
                 return FinishReason.STOP, None
             if token_id in self.stop_token_ids:
                 return FinishReason.STOP, token_id
-        if len(self.token_ids) >= self.max_tokens_total:
+        if count >= self.max_tokens_total:
             return FinishReason.LENGTH, None
         return None
 
