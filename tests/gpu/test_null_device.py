@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from pagoda.base.types import GenerateRequest, SamplingParams
 from pagoda.engine.grammars import Grammars
@@ -15,6 +16,8 @@ from pagoda.executor.launch import LocalEngine
 from tests.e2e.harness import Answer, generate
 from tests.gpu.harness import checkpoint, cpu_engine, null_engine, runner_of
 from tests.models import tiny
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=0: the null device needs the interpreter")
 
 VOCAB = tiny.SHAPE["vocab_size"]
 

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import triton
 
 from pagoda.base.config import EngineConfig, config_from_kwargs
 from pagoda.base.errors import ConfigError, OutOfMemory
@@ -29,6 +30,8 @@ from pagoda.worker.device_state import DeviceState
 from pagoda.worker.device_store import choose_attention, split_tokens
 from pagoda.worker.table import RequestTable
 from tests.gpu.harness import TINY, checkpoint, null_engine, runner_of
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=0: the null device needs the interpreter")
 
 BLOCK, GROUPS, MAX_LEN = 16, 2, 96
 FACTS = ModelFacts(
