@@ -19,6 +19,7 @@ import msgspec
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.types import StructuredOutputsParams
 from pagoda.serve.context import ModelContext
+from pagoda.structured.closed import closed
 from pagoda.text.message import OutputFormat, output_format
 from pagoda.text.tools.parser import schemas_of
 
@@ -137,41 +138,7 @@ def _known(function: Any, schemas: Mapping[str, Any]) -> str:
 
 
 def _parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A function that lists its arguments takes no others, where the list is in one place: parts of a schema would refuse each other's."""
-    return {"type": "object", **(schema if _has_joined_parts(schema) else _closed(schema, is_root=True))}
-
-
-_JOINING = frozenset({"allOf", "not", "if", "dependentSchemas", "dependencies", "unevaluatedProperties"})
-_BESIDE = frozenset({"$ref", "anyOf", "oneOf"})  # these beside `properties` add to the list
-
-
-def _has_joined_parts(node: Any) -> bool:
-    if isinstance(node, list):
-        return any(_has_joined_parts(item) for item in node)
-    if not isinstance(node, Mapping):
-        return False
-    if not _JOINING.isdisjoint(node) or ("properties" in node and not _BESIDE.isdisjoint(node)):
-        return True
-    return any(_has_joined_parts(value) for value in node.values())
-
-
-def _closed(node: Any, is_root: bool = False) -> Any:
-    """`additionalProperties` false in every object that lists its properties and does not say."""
-    if not isinstance(node, Mapping):
-        return node
-    closed = dict(node)
-    for key in ("properties", "$defs", "definitions"):
-        if isinstance(parts := node.get(key), Mapping):
-            closed[key] = {name: _closed(part) for name, part in parts.items()}
-    for key in ("anyOf", "oneOf", "prefixItems"):
-        if isinstance(parts := node.get(key), list):
-            closed[key] = [_closed(part) for part in parts]
-    if "items" in node:
-        closed["items"] = _closed(node["items"])
-    lists = "properties" in node if is_root else bool(node.get("properties"))  # inside, an empty list means a free object
-    if lists and "patternProperties" not in node:
-        closed.setdefault("additionalProperties", False)
-    return closed
+    return {"type": "object", **closed(schema)}
 
 
 def calls_schema(schemas: Mapping[str, Mapping[str, Any]], max_calls: int | None) -> dict[str, Any]:

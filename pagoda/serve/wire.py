@@ -17,6 +17,7 @@ from msgspec import Meta
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.types import RequestMetrics, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from pagoda.serve.errors import from_msgspec
+from pagoda.structured.closed import closed
 from pagoda.structured.translate import translate
 
 __all__ = [
@@ -385,7 +386,8 @@ def _from_format(form: ResponseFormat) -> StructuredOutputsParams | None:
     if form.type == "json_schema":
         if form.json_schema is None or form.json_schema.schema is None:
             raise InvalidRequest("`response_format` of type `json_schema` needs `json_schema.schema`", param="response_format.json_schema")
-        return StructuredOutputsParams(json=form.json_schema.schema)
+        schema = form.json_schema.schema
+        return StructuredOutputsParams(json=schema if isinstance(schema, bool) else dict(closed(schema)))
     if form.type == "structural_tag":
         tag = {"structures": form.structures, "triggers": form.triggers} if form.structures is not None else {"format": form.format}
         return StructuredOutputsParams(structural_tag=tag)

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from pagoda.base.types import SamplingParams, StructuredOutputsParams
-from pagoda.serve.tools import ToolPlan, calls_schema, guided
+from pagoda.serve.tools import ToolPlan, guided
 from pagoda.text.message import output_format
 from tests.serve.fakes import MODEL, Rig, byte_tokenizer
 from tests.serve.test_openai_specification import Specification, specification
@@ -181,30 +181,6 @@ def test_every_format_over_http(rig: Rig, specification: Specification, name: st
     assert [token for part in parts for token in (part["logprobs"] or {}).get("content") or ()] == choice["logprobs"]["content"]
     assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice["finish_reason"]] == ["tool_calls"]
     assert events[-1]["usage"] == whole["usage"]
-
-
-OBJECT = {"type": "object", "properties": {"x": {"type": "integer"}}}
-CLOSED = {**OBJECT, "additionalProperties": False}
-
-
-@pytest.mark.parametrize(
-    ("given", "held"),
-    [
-        (OBJECT, CLOSED),
-        ({"properties": {}}, {"type": "object", "properties": {}, "additionalProperties": False}),
-        ({"type": "object"}, {"type": "object"}),
-        ({**OBJECT, "additionalProperties": True}, {**OBJECT, "additionalProperties": True}),
-        (
-            {**OBJECT, "properties": {"a": OBJECT, "b": {"type": "object", "properties": {}}, "properties": {"type": "array", "items": OBJECT}}},
-            {**CLOSED, "properties": {"a": CLOSED, "b": {"type": "object", "properties": {}}, "properties": {"type": "array", "items": CLOSED}}},
-        ),
-        ({**OBJECT, "allOf": [{"properties": {"y": {}}}]}, {**OBJECT, "allOf": [{"properties": {"y": {}}}]}),
-        ({**OBJECT, "anyOf": [OBJECT]}, {**OBJECT, "anyOf": [OBJECT]}),
-        ({**OBJECT, "patternProperties": {"^z": {}}}, {**OBJECT, "patternProperties": {"^z": {}}}),
-    ],
-)
-def test_forced_calls_have_no_arguments_that_the_function_does_not_list(given: Any, held: Any) -> None:
-    assert calls_schema({"f": given}, 1)["$defs"]["tool0"] == held
 
 
 def test_structure_begins_behind_reasoning() -> None:
