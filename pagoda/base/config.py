@@ -108,6 +108,7 @@ class ServerConfig:
 
     host: str = field("127.0.0.1", "address to listen on; 0.0.0.0 for all")
     port: int = field(8000, "TCP port")
+    api_server_count: int = field(1, "processes that speak HTTP, on one port and with one engine; more than 1 where the front takes a whole core", metavar="N")
     uds: str | None = field(None, "path of a Unix domain socket to listen on instead")
     root_path: str = field("", "path prefix when served behind a proxy")
     api_key: Sequence[str] = field((), "key clients must send as `Authorization: Bearer KEY`; several allowed (or PAGODA_API_KEY)", repeat=True)

@@ -123,7 +123,7 @@ def build_app(state: ServerState) -> Starlette:
     keys = read_keys(state.config)
     app = Starlette(
         routes=[_route(row) for row in rows],
-        middleware=[*_cors(state.config), Middleware(RequestLog, figures=state.metrics.http, paths=[row.doc.path for row in rows]), Middleware(ErrorBoundary), *([Middleware(BearerAuth, keys=keys)] if keys else [])],
+        middleware=[*_cors(state.config), Middleware(RequestLog, figures=state.metrics.own, paths=[row.doc.path for row in rows]), Middleware(ErrorBoundary), *([Middleware(BearerAuth, keys=keys)] if keys else [])],
         exception_handlers={HTTPException: on_exception, PagodaError: on_exception},
     )
     app.router.redirect_slashes = False

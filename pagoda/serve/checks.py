@@ -9,7 +9,7 @@ from typing import Any
 from pagoda.base.config import ServerConfig
 from pagoda.base.errors import ConfigError
 
-__all__ = ["check_files", "template_kwargs"]
+__all__ = ["check_files", "check_processes", "template_kwargs"]
 
 
 def check_files(server: ServerConfig) -> None:
@@ -20,6 +20,14 @@ def check_files(server: ServerConfig) -> None:
             raise ConfigError(f"`--{name.replace('_', '-')} {path}` cannot be read")
     if server.ssl_keyfile is not None and server.ssl_certfile is None:
         raise ConfigError("`--ssl-keyfile` needs --ssl-certfile")
+
+
+def check_processes(server: ServerConfig) -> None:
+    """Raises ConfigError where --api-server-count cannot be had."""
+    if server.api_server_count < 1:
+        raise ConfigError(f"`--api-server-count {server.api_server_count}` must be at least 1")
+    if server.api_server_count > 1 and server.record_arrivals is not None:
+        raise ConfigError("`--record-arrivals` writes one file from one process: it cannot be had with `--api-server-count` above 1")
 
 
 def template_kwargs(server: ServerConfig) -> dict[str, Any]:

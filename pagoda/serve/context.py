@@ -128,9 +128,11 @@ class ModelContext:
 class ServerState:
     """One per server; routes get it by reference."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, *, figures_dir: str | None = None, front: int = 0) -> None:
+        """`front` counts API processes from 1 where there are several, with a folder for their figures."""
         self.config = config
-        self.metrics = ServerMetrics()
+        self.metrics = ServerMetrics(figures_dir, front)
+        self._front = f"{front}." if front else ""
         self.recorder = None if config.record_arrivals is None else ArrivalRecorder(config.record_arrivals)
         self.pool = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="pagoda-text")
         self.active: set[str] = set()  # engine request ids in flight
@@ -183,8 +185,8 @@ class ServerState:
             return
 
     def engine_request_id(self, response_id: str, prompt_idx: int) -> str:
-        """Unique even when a client sends the same X-Request-Id twice."""
-        return f"{response_id}-{prompt_idx}-{next(self._serial)}"
+        """Unique even when a client sends the same X-Request-Id twice, to different API processes perhaps."""
+        return f"{response_id}-{prompt_idx}-{self._front}{next(self._serial)}"
 
     async def abort_all(self) -> None:
         """End everything in flight: each request gets its terminal event."""

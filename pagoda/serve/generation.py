@@ -95,7 +95,7 @@ class GenerateEndpoint:
         answer_headers = [(b"x-request-id", (given_id or call.response_id).encode("ascii", "replace"))]
         if call.warnings:
             answer_headers.append((b"x-pagoda-warning", warning_header(call.warnings).encode("ascii")))
-        state.metrics.server_load += 1
+        state.metrics.own.server_load += 1
         try:
             async with _cancelled_by_disconnect(receive):
                 if call.stream:
@@ -103,7 +103,7 @@ class GenerateEndpoint:
                 else:
                     await self._answer(call, engine, send, answer_headers)
         finally:
-            state.metrics.server_load -= 1
+            state.metrics.own.server_load -= 1
 
     async def _answer(self, call: Call, engine: ServingEngine, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         finals: dict[int, RequestOutput] = {}
@@ -129,7 +129,7 @@ class GenerateEndpoint:
             if not writer.is_stalled or task is None or task.uncancel() > 0:
                 raise
             logger.warning("request %s ended: its reader took nothing for %.0f s (--stream-stall-timeout)", call.response_id, config.stream_stall_timeout)
-            self._state.metrics.stalled_streams += 1
+            self._state.metrics.own.stalled_streams += 1
             self._state.drop_connection(scope)
             await asyncio.sleep(0.01)  # until the HTTP server knows that it is gone
 

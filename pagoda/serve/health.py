@@ -43,8 +43,8 @@ async def version(request: Request) -> Response:
 
 
 async def load(request: Request) -> Response:
-    """Requests being answered now."""
-    body: dict[str, Any] = {"server_load": state_of(request).metrics.server_load}
+    """Requests being answered now, by all API processes."""
+    body: dict[str, Any] = {"server_load": state_of(request).metrics.front_figures().server_load}
     return JSONResponse(body)
 
 

@@ -15,8 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagoda.base.log import get_logger
 from pagoda.engine.stats import Histogram
+from pagoda.serve.figures import FrontFigures
 
-__all__ = ["HttpFigures", "RequestLog"]
+__all__ = ["RequestLog", "families", "note"]
 
 logger = get_logger("serve")
 
@@ -24,38 +25,33 @@ _BOUNDS = [0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0]
 _UNKNOWN = "none"  # one label for all paths that are no routes: clients choose those
 
 
-class HttpFigures:
-    """Requests by route, method and class of status, and their seconds."""
+def note(figures: FrontFigures, handler: str, method: str, status: int, seconds: float) -> None:
+    """One request was answered."""
+    key = (handler, method, f"{status // 100}xx")
+    figures.http_requests[key] = figures.http_requests.get(key, 0) + 1
+    figures.http_seconds.setdefault((handler, method), Histogram.of(_BOUNDS)).observe(seconds)
 
-    def __init__(self) -> None:
-        self._counts: dict[tuple[str, str, str], int] = {}
-        self._seconds: dict[tuple[str, str], Histogram] = {}
 
-    def note(self, handler: str, method: str, status: int, seconds: float) -> None:
-        key = (handler, method, f"{status // 100}xx")
-        self._counts[key] = self._counts.get(key, 0) + 1
-        self._seconds.setdefault((handler, method), Histogram.of(_BOUNDS)).observe(seconds)
-
-    def collect(self) -> Iterator[Metric]:
-        """Prometheus' collector protocol."""
-        requests = CounterMetricFamily("http_requests", "requests by route and status", labels=["handler", "method", "status"])
-        for (handler, method, status), count in sorted(self._counts.items()):
-            requests.add_metric([handler, method, status], float(count))
-        yield requests
-        seconds = HistogramMetricFamily("http_request_duration_seconds", "from a request's headers to its last byte", labels=["handler", "method"])
-        for (handler, method), histogram in sorted(self._seconds.items()):
-            buckets, total = [], 0
-            for bound, count in zip(histogram.bounds, histogram.counts, strict=False):
-                total += count
-                buckets.append((repr(bound), float(total)))
-            seconds.add_metric([handler, method], buckets=[*buckets, ("+Inf", float(histogram.count))], sum_value=histogram.total)
-        yield seconds
+def families(figures: FrontFigures) -> Iterator[Metric]:
+    """As Prometheus' collectors yield them."""
+    requests = CounterMetricFamily("http_requests", "requests by route and status", labels=["handler", "method", "status"])
+    for (handler, method, status), count in sorted(figures.http_requests.items()):
+        requests.add_metric([handler, method, status], float(count))
+    yield requests
+    seconds = HistogramMetricFamily("http_request_duration_seconds", "from a request's headers to its last byte", labels=["handler", "method"])
+    for (handler, method), histogram in sorted(figures.http_seconds.items()):
+        buckets, total = [], 0
+        for bound, count in zip(histogram.bounds, histogram.counts, strict=False):
+            total += count
+            buckets.append((repr(bound), float(total)))
+        seconds.add_metric([handler, method], buckets=[*buckets, ("+Inf", float(histogram.count))], sum_value=histogram.total)
+    yield seconds
 
 
 class RequestLog:
     """ASGI middleware. `paths` are those of the routes; one with a `{parameter}` at its end stands for all that begin like it."""
 
-    def __init__(self, app: ASGIApp, figures: HttpFigures, paths: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, figures: FrontFigures, paths: Sequence[str]) -> None:
         self._app, self._figures = app, figures
         self._paths = frozenset(path for path in paths if "{" not in path)
         self._prefixes = {path.partition("{")[0]: path for path in paths if "{" in path}
@@ -86,6 +82,6 @@ class RequestLog:
             await self._app(scope, receive, noting_send)
         finally:
             route = self._route(scope)
-            self._figures.note(route, scope["method"], status, time.monotonic() - started)
+            note(self._figures, route, scope["method"], status, time.monotonic() - started)
             if status >= 500:
                 logger.warning("%s %s answered %d, X-Request-Id %s", scope["method"], route, status, name.decode("ascii"))

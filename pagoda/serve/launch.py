@@ -11,40 +11,45 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pagoda.base.config import EngineConfig, ServerConfig
 from pagoda.base.errors import ConfigError
 from pagoda.base.log import get_logger
 from pagoda.executor.process import BUILDER, EngineProcess
 from pagoda.files.hub import resolve
-from pagoda.serve.checks import check_files, template_kwargs
+from pagoda.serve.checks import check_files, check_processes, template_kwargs
 
 __all__ = ["bind", "serve"]
 
 _BACKLOG = 2048
+LOADER = "pagoda.executor.front:load_front"
 DEFAULT_QUEUE = 4096  # requests that may wait
 
 
-def serve(config: EngineConfig, server: ServerConfig, *, builder: str = BUILDER, load: Callable[[EngineConfig], Any] | None = None) -> int:
+def serve(config: EngineConfig, server: ServerConfig, *, builder: str = BUILDER, loader: str = LOADER) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 after an orderly end.
 
-    Raises ConfigError when the address cannot be had, and what loading the model raises. `builder` makes the engine in its process
-    ("module:function"), `load` tokenizer and template here (default: `executor.front.load_front`).
+    Raises ConfigError when the address cannot be had, and what loading the model raises. `builder` makes the engine in its process,
+    `loader` tokenizer and template in each that speaks HTTP (both "module:function").
     """
     check_files(server)
     template_kwargs(server)
     config = _with_bounded_queue(config)
-    with contextlib.closing(bind(server)) as listener:
+    check_processes(server)
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(contextlib.closing(listener)) for listener in bind(server)]
         _download(config)
         process = EngineProcess.start(config, builder=builder, log_level=_log_level())
         try:
+            if server.api_server_count > 1:
+                from pagoda.serve.supervisor import supervise
+
+                return supervise(config, server, process, listeners, loader=loader, log_level=_log_level())
             from pagoda.serve.server import run  # a third of a second of imports, while weights load next door
 
-            return run(config, server, process, listener, load=load)
+            return run(config, server, process, listeners[0], loader=loader)
         finally:
             process.stop()
             if server.uds is not None:
@@ -71,13 +76,18 @@ def _log_level() -> str:
     return names.get(get_logger("pagoda").getEffectiveLevel(), "info")
 
 
-def bind(server: ServerConfig) -> socket.socket:
-    """The listening socket. Raises ConfigError with the remedy."""
+def bind(server: ServerConfig) -> list[socket.socket]:
+    """The listening sockets, one for each API process; of a Unix socket all are the same one. Raises ConfigError with the remedy."""
+    count = server.api_server_count
     if server.uds is not None:
-        return _bind_uds(server.uds)
+        return [_bind_uds(server.uds)] * count
     try:
         family, _, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        if count == 1:
+            return [socket.create_server(address[:2], family=family, backlog=_BACKLOG)]
+        with socket.create_server(address[:2], family=family) as probe:  # which is refused where others listen
+            port = probe.getsockname()[1]
+        return [socket.create_server((address[0], port), family=family, backlog=_BACKLOG, reuse_port=True) for _ in range(count)]
     except OSError as exc:
         where = f"{server.host}:{server.port}"
         if exc.errno == errno.EADDRINUSE:

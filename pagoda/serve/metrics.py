@@ -16,7 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from pagoda.base.log import get_logger
 from pagoda.engine.stats import EngineStats, Histogram
-from pagoda.serve.http_figures import HttpFigures
+from pagoda.serve.figures import FrontFigures, SharedFigures
+from pagoda.serve.http_figures import families
 
 __all__ = ["ServerMetrics", "StatsLog"]
 
@@ -69,17 +70,17 @@ _REASONS = ("stop", "length", "abort", "error")
 class ServerMetrics:
     """What is known of the core, and how it is written down. One event loop writes and reads: no locks."""
 
-    def __init__(self) -> None:
-        self.server_load = 0  # requests being answered now
-        self.stalled_streams = 0  # ended because nobody read them
-        self.http = HttpFigures()
+    def __init__(self, figures_dir: str | None = None, front: int = 0) -> None:
+        """`figures_dir`: where several API processes leave their figures for each other; `front`: which of them this is."""
+        self.own = FrontFigures()
         self.core = EngineStats()
         self._model_name = ""
         self._cache_config: dict[str, str] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self._registry)
+        self.shared = None if figures_dir is None else SharedFigures(figures_dir, front, self.own)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector) if self.shared is None else ():
+            collector(registry=self._registry)  # of one process: with several they would jump between scrapes
 
     def set_model(self, name: str, **cache_config: object) -> None:
         """Label values, and those of `cache_config_info` (block_size, num_gpu_blocks, ...), once the model is known."""
@@ -88,6 +89,10 @@ class ServerMetrics:
 
     def update_core(self, stats: EngineStats) -> None:
         self.core = stats
+
+    def front_figures(self) -> FrontFigures:
+        """Those of all API processes."""
+        return self.own if self.shared is None else self.own.plus(self.shared.others())
 
     def render(self) -> bytes:
         """The text exposition."""
@@ -121,20 +126,21 @@ class ServerMetrics:
         for name, text in _HISTOGRAMS.items():
             if name in core.histograms:
                 yield self._histogram(name, text, core.histograms[name])
-        yield from self._own()
-        yield from self.http.collect()
+        front = self.front_figures()
+        yield from self._own(front)
+        yield from families(front)
 
-    def _own(self) -> Iterator[Metric]:
+    def _own(self, front: FrontFigures) -> Iterator[Metric]:
         """What vLLM has no name for."""
         for name, text, value in (
             ("steps", "steps of the engine", self.core.num_steps),
-            ("stalled_streams", "streams ended because nobody read them", self.stalled_streams),
+            ("stalled_streams", "streams ended because nobody read them", front.stalled_streams),
         ):
             family = CounterMetricFamily(f"pagoda:{name}", text, labels=["model_name", "engine"])
             family.add_metric([self._model_name, _ENGINE], float(value))
             yield family
         load = GaugeMetricFamily("pagoda:server_load", "requests being answered now", labels=["model_name", "engine"])
-        load.add_metric([self._model_name, _ENGINE], float(self.server_load))
+        load.add_metric([self._model_name, _ENGINE], float(front.server_load))
         yield load
 
     def _filled(self, kind: Any, name: str, text: str, value: float) -> Metric:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import os
@@ -34,8 +35,8 @@ from pagoda.base.config import EngineConfig, ServerConfig, changed_fields
 from pagoda.base.errors import InvalidRequest, ModelFileError, PagodaError
 from pagoda.base.log import get_logger
 from pagoda.executor.channel import EngineInfo
-from pagoda.executor.front import Front, load_front
-from pagoda.executor.process import EngineProcess, ProcessClient
+from pagoda.executor.front import Front
+from pagoda.executor.process import EngineHandle, EngineProcess, ProcessClient
 from pagoda.serve.admin import describe_server
 from pagoda.serve.app import build_app, routes
 from pagoda.serve.auth import OPEN_PATHS, read_keys
@@ -45,7 +46,7 @@ from pagoda.serve.metrics import StatsLog
 from pagoda.text.message import choose
 from pagoda.text.template import ChatTemplate
 
-__all__ = ["Server", "announcement", "cut_connection", "model_context", "run", "tls_options"]
+__all__ = ["Server", "announcement", "cut_connection", "imported", "model_context", "run", "tls_options"]
 
 logger = get_logger("serve")
 
@@ -59,11 +60,17 @@ def run(
     process: EngineProcess,
     listener: socket.socket,
     *,
-    load: Callable[[EngineConfig], Front] | None = None,
+    loader: str,
 ) -> int:
     """Serve on `listener` until told to stop. Returns the exit code; errors of loading are raised."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Server(config, server, load or load_front).serve(process, listener))
+        return runner.run(Server(config, server, imported(loader)).serve(process, listener))
+
+
+def imported(name: str) -> Any:
+    """What "module:name" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -77,9 +84,20 @@ class _Uvicorn(uvicorn.Server):
 class Server:
     """One process's server, from loading to its end."""
 
-    def __init__(self, config: EngineConfig, server: ServerConfig, load: Callable[[EngineConfig], Front]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        server: ServerConfig,
+        load: Callable[[EngineConfig], Front],
+        *,
+        front: int = 0,
+        figures_dir: str | None = None,
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        """With `front` it is one of several: then signals are not its own to handle, nor is the line of figures."""
         self._config, self._server, self._load = config, server, load
-        self._state = ServerState(server)
+        self._is_only, self._announce = front == 0, announce or _print
+        self._state = ServerState(server, figures_dir=figures_dir, front=front)
         self._engine: AsyncEngine | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._state.drop_connection = lambda scope: cut_connection(self._uvicorn, scope)
@@ -102,11 +120,13 @@ class Server:
             )
         )
 
-    async def serve(self, process: EngineProcess, listener: socket.socket) -> int:
+    async def serve(self, process: EngineHandle, listener: socket.socket) -> int:
         client = ProcessClient(process)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT) if self._is_only else ():
+            loop.add_signal_handler(number, self.stop)
+        if self._state.metrics.shared is not None:
+            self._spawn(self._state.metrics.shared.keep_written())
         http = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
         loading = asyncio.create_task(self._bring_up(client, listener))
         try:
@@ -128,6 +148,8 @@ class Server:
                 await reading
             raise
         front = await reading
+        if self._uvicorn.should_exit:
+            return
         context = model_context(front, info, self._server)
         generation_config, eos_ids = front.generation_config, front.eos_token_ids
         processor = Processor(info.config, info.facts, front.tokenizer, generation_config=generation_config, eos_token_ids=eos_ids)
@@ -135,8 +157,8 @@ class Server:
         self._state.ready(context, self._engine)
         if self._state.recorder is not None:
             self._state.recorder.begin(changed_fields(replace(self._config, model=replace(self._config.model, hf_token=None))))
-        print(announcement(context, info, self._server, listener, self._paths()), file=sys.stderr, flush=True)
-        if not self._server.disable_log_stats:
+        self._announce(announcement(context, info, self._server, listener, self._paths()))
+        if self._is_only and not self._server.disable_log_stats:
             self._spawn(self._log_stats())
 
     def _paths(self) -> list[str]:
@@ -149,7 +171,8 @@ class Server:
             await self._state.refresh_metrics()
             log.emit()
 
-    def _on_signal(self) -> None:
+    def stop(self) -> None:
+        """A signal came: what runs may finish; at once when it comes again."""
         if self._uvicorn.should_exit:
             logger.info("stopping now: %d requests are aborted", len(self._state.active))
             self._spawn(self._state.abort_all())
@@ -179,6 +202,10 @@ class Server:
             await self._engine.shutdown()
         client.close()
         self._state.close()
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def cut_connection(server: uvicorn.Server, scope: Scope) -> None:

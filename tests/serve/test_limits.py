@@ -67,8 +67,8 @@ def test_a_reader_that_stops_is_ended_alone() -> None:
         with stuck_reader(rig, request_id="stuck") as sock:
             wait_until(lambda: any("stuck" in key for key in rig.engine.live))
             assert http.post(TEXT, json={"prompt": "a", "max_tokens": 5}, timeout=10).status_code == 200
-            wait_until(lambda: rig.state.metrics.stalled_streams == 1 and not rig.engine.live, 20)
-            wait_until(lambda: not rig.state.active and rig.state.metrics.server_load == 0)
+            wait_until(lambda: rig.state.metrics.own.stalled_streams == 1 and not rig.engine.live, 20)
+            wait_until(lambda: not rig.state.active and rig.state.metrics.own.server_load == 0)
             sock.settimeout(5)
             with pytest.raises(ConnectionResetError):
                 while sock.recv(1 << 16):

@@ -25,8 +25,10 @@ LONG = {"prompt": "abc", "max_tokens": 200, "ignore_eos": True, "seed": 1}
 class Toy:
     """A server process; what it writes is read in a thread."""
 
-    def __init__(self, mood: str, timeout: float = 20.0, port: int = 0, uds: str = "") -> None:
-        args = [sys.executable, "-m", "tests.serve.toy_server", str(port), mood, str(timeout), *([uds] if uds else [])]
+    def __init__(
+        self, mood: str, timeout: float = 20.0, port: int = 0, uds: str = "", processes: int = 1, settings: tuple[str, ...] = ()
+    ) -> None:
+        args = [sys.executable, "-m", "tests.serve.toy_server", str(port), mood, str(timeout), uds, str(processes), *settings]
         self.process = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -37,7 +39,7 @@ class Toy:
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
 
-    def wait_for(self, pattern: str, seconds: float = 15.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 60.0) -> re.Match[str]:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for line in list(self.lines):
@@ -50,7 +52,7 @@ class Toy:
     def url(self) -> str:
         return self.wait_for(r"Serving toy on (http://\S+)").group(1)
 
-    def end(self, seconds: float = 15.0) -> int:
+    def end(self, seconds: float = 60.0) -> int:
         status = self.process.wait(seconds)
         self._reader.join(5)
         return status
@@ -74,9 +76,16 @@ class Reading(threading.Thread):
         self._url, self._body = url, body
         self.events: list[str] = []
         self.has_begun = threading.Event()
+        self.was_cut = False
         self.start()
 
     def run(self) -> None:
+        try:
+            self._read()
+        except httpx.TransportError:
+            self.was_cut = True
+
+    def _read(self) -> None:
         with httpx.stream("POST", self._url + TEXT, json=self._body | {"stream": True}, timeout=30) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):

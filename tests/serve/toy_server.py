@@ -1,8 +1,9 @@
-"""`python -m tests.serve.toy_server PORT MOOD SHUTDOWN_TIMEOUT [UDS]`: the whole server, its engine process included, on a toy model."""
+"""`python -m tests.serve.toy_server PORT MOOD SHUTDOWN_TIMEOUT UDS PROCESSES [SETTING=TEXT ...]`: the whole server, its engine process included, on a toy model."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from pagoda.base.config import EngineConfig, ServerConfig
@@ -19,11 +20,16 @@ def load_toy(config: EngineConfig) -> Front:
 
 
 def main() -> int:
-    port, mood, timeout, *uds = sys.argv[1:]
+    port, mood, timeout, uds, count, *more = sys.argv[1:]
+    settings = dict(word.split("=") for word in more)
+    queue = settings.pop("max_num_queued_reqs", None)
+    config = toy_config(f"toy:{mood}")
+    if queue is not None:
+        config = replace(config, scheduler=replace(config.scheduler, max_num_queued_reqs=int(queue)))
     setup_logging("info")
-    server = ServerConfig(port=int(port), shutdown_timeout=float(timeout), uds=uds[0] if uds else None)
+    server = ServerConfig(port=int(port), shutdown_timeout=float(timeout), uds=uds or None, api_server_count=int(count), **settings)
     try:
-        return serve(toy_config(f"toy:{mood}"), server, builder="tests.executor.builders:build", load=load_toy)
+        return serve(config, server, builder="tests.executor.builders:build", loader="tests.serve.toy_server:load_toy")
     except PagodaError as error:
         print(f"toy: error: {error}", file=sys.stderr)
         return 1
