@@ -353,3 +353,4 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     dtype: str  # of the checkpoint: "float32", "bfloat16", "float16" or a GGUF type name
     num_parameters: int = 0
+    even_position: int = 0  # where in a context attention takes as many multiplications a token as the layers' weights; 0: unknown

@@ -82,7 +82,7 @@ class EngineCore:
             watermark=config.scheduler.watermark,
             max_tokens_per_step=int(config.scheduler.max_num_batched_tokens or 0) * pipeline_depth,
         )
-        self._scheduler = Scheduler(config.scheduler, config.model.max_model_len, max_logits_rows, self._kv)
+        self._scheduler = Scheduler(config.scheduler, config.model.max_model_len, max_logits_rows, self._kv, facts.even_position)
         self._admission = Admission(config, facts, self._kv, max_logits_rows)
         self._recorder = StatsRecorder(config.model.max_model_len, num_blocks - 1)
         self._grammars = None if compiler is None else Grammars(compiler, clock)

@@ -59,6 +59,7 @@ class Step:
         "num_eligible",
         "num_missing",
         "num_prompt_tokens",
+        "prompt_cost",
         "num_rows",
         "num_tokens",
         "number",
@@ -76,6 +77,7 @@ class Step:
         self.num_rows = 0  # rows of logits planned so far
         self.num_decoding = 0  # rows that compute the one token they lack
         self.num_prompt_tokens = 0  # tokens of all other rows
+        self.prompt_cost = 0.0  # the same, weighted by what they take
         self.preempted = False
         self.rows: list[ScheduledRequest] = []
         self.admitted: list[Request] = []  # those that run for the first time
@@ -127,27 +129,36 @@ class LongPrefill(Limiter):
 class PromptPace(Limiter):
     """Prompts computed beside decoding requests do not hold these up.
 
-    Without a target, each request that still has a prompt to compute brings as many tokens of it as requests decode in the
-    step, or MIN_TOKENS: one newcomer about doubles the time of a step, a burst of them fills it. With a target in seconds,
-    as many as recent steps say fit in it. Never fewer than MIN_TOKENS in all, so that a prompt always gets on.
+    Without a target, each request that still has a prompt to compute brings twice as many tokens of it as requests decode in the
+    step, or MIN_TOKENS: one newcomer about doubles the time of a step, a burst of them fills it. The further into its
+    context a token lies the more of that it takes: at `even_position` two tokens' worth. With a target in seconds, as many
+    tokens as recent steps say fit in it. Never fewer than MIN_TOKENS in all, so that a prompt always gets on.
     """
 
     MIN_TOKENS = 16
+    SHARE = 2
 
-    def __init__(self, target: float | None) -> None:
+    def __init__(self, target: float | None, even_position: int = 0) -> None:
         self._target = target
+        self._even_position = even_position
         self._decode_seconds = 0.0  # of a step that only decodes, smoothed
         self._token_seconds = 0.0  # what one prompt token adds to it, smoothed
 
     def cap(self, req: Request, want: int, step: Step) -> int:
         if want <= 1 or step.num_decoding == 0:
             return want
-        left = max(self.MIN_TOKENS, self._allowance(step)) - step.num_prompt_tokens
-        return min(want, max(0, left))
-
-    def _allowance(self, step: Step) -> int:
         if self._target is None:
-            return max(self.MIN_TOKENS, step.num_decoding) * (step.num_eligible - step.num_decoding)
+            share = max(self.MIN_TOKENS, self.SHARE * step.num_decoding) * (step.num_eligible - step.num_decoding)
+            left = (share - step.prompt_cost) / self._cost(req)
+        else:
+            left = self._allowance() - step.num_prompt_tokens
+        return min(want, max(0, int(left), self.MIN_TOKENS - step.num_prompt_tokens))
+
+    def _cost(self, req: Request) -> float:
+        """What a prompt token takes, that of a context's first being 1."""
+        return 1 + req.num_tokens_computed / self._even_position if self._even_position else 1.0
+
+    def _allowance(self) -> int:
         if self._token_seconds == 0.0:
             return self.MIN_TOKENS  # nothing is known yet
         return int((self._target - self._decode_seconds) / self._token_seconds)
@@ -157,6 +168,7 @@ class PromptPace(Limiter):
             step.num_decoding += 1
         else:
             step.num_prompt_tokens += count
+            step.prompt_cost += count * self._cost(req)
 
     def observe(self, step: Step, seconds: float) -> None:
         """A step took that long. Only with a target: without one, plans do not depend on time."""

@@ -32,7 +32,7 @@ _by_key = attrgetter("key")
 class Scheduler:
     """Owns the queues; the KV manager owns blocks, the limiters own everything else that is scarce."""
 
-    def __init__(self, config: SchedulerConfig, max_model_len: int, max_logits_rows: int, kv: KvManager) -> None:
+    def __init__(self, config: SchedulerConfig, max_model_len: int, max_logits_rows: int, kv: KvManager, even_position: int = 0) -> None:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -40,7 +40,7 @@ class Scheduler:
         self._kv = kv
         self._policy = POLICIES.get(config.scheduling_policy)
         self._may_chunk = config.enable_chunked_prefill
-        self.pace = PromptPace(config.itl_target_ms / 1000 if config.itl_target_ms else None)
+        self.pace = PromptPace(config.itl_target_ms / 1000 if config.itl_target_ms else None, even_position)
         self._limiters = make_limiters(config, max_model_len, max_logits_rows, self.slots, self.pace)
         # only those that do something, since these loops run once per request and step
         self._cappers = [rule.cap for rule in self._limiters]

@@ -55,7 +55,15 @@ class ModelSpec:
             head_dim=first.head_dim,
             dtype=self.dtype,
             num_parameters=self.num_parameters,
+            even_position=self.even_position,
         )
+
+    @property
+    def even_position(self) -> int:
+        """See `ModelFacts`. Windows are left out: they only make attention cheaper."""
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        per_key = sum(2 * b.attention.num_heads * b.attention.head_dim for b in self.blocks)
+        return (self.num_parameters - tables) // per_key
 
     @property
     def num_parameters(self) -> int:

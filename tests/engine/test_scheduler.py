@@ -366,7 +366,7 @@ def test_same_arrivals_give_the_same_plans_byte_for_byte(groups: tuple[KvGroup, 
     assert replay() == replay()
 
 
-def test_a_newcomer_gets_as_many_tokens_as_requests_decode() -> None:
+def test_a_newcomer_gets_twice_as_many_tokens_as_requests_decode() -> None:
     h = Harness(max_num_batched_tokens=256, num_blocks=200, max_num_seqs=40)
     for i in range(20):
         h.add(f"d{i}", [i + 1] * 4, max_tokens=30)
@@ -374,7 +374,7 @@ def test_a_newcomer_gets_as_many_tokens_as_requests_decode() -> None:
     h.step()
     h.add("newcomer", [9] * 90, max_tokens=2)
     h.step()
-    assert h.executor.plans[-1].scheduled[-1].num_planned == 20
+    assert h.executor.plans[-1].scheduled[-1].num_planned == 40
     h.run()
     h.check_all()
 
@@ -406,6 +406,22 @@ def test_a_burst_fills_the_step() -> None:
     assert planned == 4 + 16 * 10, "four decode, ten prompts wait"
     h.run()
     h.check_all()
+
+
+def test_the_further_into_its_context_a_prompt_is_the_fewer_tokens_it_gets() -> None:
+    from pagoda.engine.limits import PromptPace, Step
+
+    pace, step = PromptPace(None, even_position=1000), Step(0, 21)
+    step.num_decoding = 20
+
+    class Req:
+        num_tokens_computed = 0
+
+    req = Req()
+    shares = []
+    for req.num_tokens_computed in (0, 1000, 9000):
+        shares.append(pace.cap(req, 500, step))  # type: ignore[arg-type]
+    assert shares == [40, 20, PromptPace.MIN_TOKENS]
 
 
 def test_pace_learns_from_step_times_when_there_is_a_target() -> None:
