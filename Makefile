@@ -7,7 +7,7 @@ NATIVE := hatch_build.py $(shell find pagoda/csrc -name '*.cpp' -o -name '*.h' 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long check check-triton-newest wheel bench bench-quick bench-peers bench-scale clean
+.PHONY: help setup serve test test-long check check-triton-newest gpu-check wheel bench bench-quick bench-peers bench-scale clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ bench-quick: $(VENV)/.bench ## two minutes: what moved since the last report
 
 bench-peers: $(VENV)/.bench ## beside llama.cpp, OpenVINO, vLLM and transformers, each installed under build/peers (ARGS="--work W1,W3" ...)
 	$(BIN)/python -m benchmarks.peers --report $(ARGS)
+
+gpu-check: ## everything that needs a GPU, with $(PYTHON)'s own torch, from the checkout (ARGS="--wheels FOLDER" ...)
+	$(PYTHON) scripts/gpu_check.py $(ARGS)
 
 bench-scale: $(VENV)/.bench ## what scheduling costs by running requests and blocks
 	$(BIN)/python benchmarks/scale.py --report

@@ -34,6 +34,12 @@ def ceiling() -> float:
     """Bytes a second, the better of a copy (read and written) and a sum (read) of 4 GiB."""
     import torch
 
+    found = _bandwidth(torch)
+    torch.cuda.empty_cache()
+    return found
+
+
+def _bandwidth(torch: Any) -> float:
     x = torch.empty(1 << 31, dtype=torch.bfloat16, device="cuda").normal_()
     y = torch.empty_like(x)
 
@@ -47,10 +53,7 @@ def ceiling() -> float:
             times.append(time.perf_counter() - begun)
         return nbytes / min(times[2:])
 
-    found = max(best(lambda: y.copy_(x), 2 * x.nbytes), best(lambda: x.view(torch.int32).sum(), x.nbytes))
-    del x, y
-    torch.cuda.empty_cache()
-    return found
+    return max(best(lambda: y.copy_(x), 2 * x.nbytes), best(lambda: x.view(torch.int32).sum(), x.nbytes))
 
 
 def run(local: LocalEngine, count: int, num_input: int, num_output: int, temperature: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pagoda.base.types import ModelFacts
 __all__ = ["KvBudget", "Reason", "Resolved", "fit_kv_cache", "resolve"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-MAX_GPU_HEAD_DIM = 256
+MAX_GPU_HEAD_DIM = 512
 
 
 @dataclass(frozen=True)

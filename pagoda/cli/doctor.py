@@ -44,7 +44,7 @@ def _print_machine() -> None:
     print(f"Pagoda {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"CPU:     {hardware.cpu_model} ({hardware.machine}), {hardware.num_cores} cores for this process")
     print(f"Memory:  {hardware.memory_available / gib:.1f} of {hardware.memory_total / gib:.1f} GiB available to this process")
-    print(f"GPU:     {'an NVIDIA driver is here, but this version has no GPU kernels' if hardware.has_cuda else 'none'}")
+    print(f"GPU:     {'an NVIDIA driver is here; what torch makes of it stands below' if hardware.has_cuda else 'none'}")
     if table.numpy_device() == "cpu":
         lib = library.default()
         print(f"Kernels: native, {lib.isa} of {', '.join(lib.isas)}")

@@ -60,7 +60,7 @@ def _fit(config: EngineConfig, facts: ModelFacts, device: Device, model: Model, 
     wanted = config.model.max_model_len
     longest = facts.max_model_len if wanted == "auto" else int(wanted or 0)
     sizes = Sizes(max_tokens=tokens, max_seqs=min(seqs, tokens), max_rows=rows, max_blocks=-(-longest // block))
-    backend, reason = choose_attention(config, facts)
+    backend, reason = choose_attention(config, facts, has_soft_cap=model.has_soft_cap)
     with memory_errors("a step's workspace", f"lower --max-num-batched-tokens (it is {tokens})"):
         workspace = _measure_workspace(config, facts, device, model, sizes, backend)
     graphs = [] if config.device.enforce_eager or not backend.is_capturable else graph_sizes(sizes.max_seqs)

@@ -52,6 +52,10 @@ class Model(Protocol):
     def max_heads(self) -> int:
         """Query heads of the layer that has most."""
 
+    @property
+    def has_soft_cap(self) -> bool:
+        """Whether a layer caps its attention scores."""
+
 
 class _Block:
     def __init__(self, spec: BlockSpec, model: ModelSpec, rope: Rope, place: KvPlace, precision: Precision, mesh: Mesh) -> None:
@@ -143,6 +147,10 @@ class Decoder:
     @property
     def max_heads(self) -> int:
         return max(block.attention.num_heads for block in self.spec.blocks)
+
+    @property
+    def has_soft_cap(self) -> bool:
+        return any(block.attention.soft_cap > 0 for block in self.spec.blocks)
 
     def forward(self, batch: Batch, hidden_in: Any = None) -> Any:
         x_TD = self._embed.embed(batch.token_ids_T, scale=self.spec.embed_scale) if hidden_in is None else hidden_in

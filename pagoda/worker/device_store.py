@@ -32,9 +32,12 @@ class AttentionBackend:
     max_head_dim: int
     is_capturable: bool  # its launches depend on shapes alone
     is_invariant: bool  # a row's result can be made independent of its neighbours
+    has_soft_cap: bool
 
-    def refuses(self, config: EngineConfig, facts: ModelFacts) -> str:
+    def refuses(self, config: EngineConfig, facts: ModelFacts, *, has_soft_cap: bool) -> str:
         """Why it cannot serve this model so; "" when it can."""
+        if has_soft_cap and not self.has_soft_cap:
+            return "no soft cap on scores"
         if config.cache.kv_cache_dtype not in self.kv_dtypes:
             return f"no {config.cache.kv_cache_dtype} cache"
         if facts.head_dim > self.max_head_dim:
@@ -45,20 +48,20 @@ class AttentionBackend:
 
 
 BACKENDS = (
-    AttentionBackend("triton", ("bfloat16", "float16", "float32", "fp8"), 256, is_capturable=True, is_invariant=True),
-    AttentionBackend("sdpa", ("bfloat16", "float16", "float32"), 512, is_capturable=False, is_invariant=False),
+    AttentionBackend("triton", ("bfloat16", "float16", "float32", "fp8"), 256, is_capturable=True, is_invariant=True, has_soft_cap=True),
+    AttentionBackend("sdpa", ("bfloat16", "float16", "float32"), 512, is_capturable=False, is_invariant=False, has_soft_cap=False),
 )
 """In order of preference."""
 
 
-def choose_attention(config: EngineConfig, facts: ModelFacts) -> tuple[AttentionBackend, Reason]:
+def choose_attention(config: EngineConfig, facts: ModelFacts, *, has_soft_cap: bool = False) -> tuple[AttentionBackend, Reason]:
     """Raises ConfigError when none can, or the one that was asked for cannot."""
     asked = config.device.attention_backend
     passed = []
     for backend in BACKENDS:
         if asked not in ("auto", backend.name):
             continue
-        why = backend.refuses(config, facts)
+        why = backend.refuses(config, facts, has_soft_cap=has_soft_cap)
         if not why:
             said = "--attention-backend" if asked != "auto" else "; ".join(passed) or "the fastest that can do all that is asked"
             return backend, Reason("attention_backend", backend.name, said)
@@ -94,7 +97,7 @@ class DeviceStore:
         self.planes: tuple[DevicePlane, ...] = tuple(
             allocate_device_plane(
                 dtype=_PLANE_TYPES.get(dtype, dtype), block_size=block_size, num_blocks=num_blocks, num_kv_heads=facts.num_kv_heads,
-                head_dim=facts.head_dim, device=device.torch_device, fixed_tiles=fixed_tiles, split_tokens=split_tokens,
+                head_dim=facts.head_dim, device=device.torch_device, fixed_tiles=fixed_tiles, split_tokens=split_tokens, backend=backend.name,
             )
             for _ in range(facts.num_kv_planes)
         )  # fmt: skip

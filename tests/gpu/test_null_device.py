@@ -76,6 +76,17 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert_same(generate(null_engine(path), prompts, params), generate(cpu_engine(path), prompts, params))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+def test_attention_by_torch(family: str, tmp_path: Path) -> None:
+    """The fallback: prompts in chunks, several sequences, a window."""
+    path = checkpoint(family, tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    prompts = {"a": prompt(27), "b": prompt(4, 2)}
+    local = null_engine(path, attention_backend="sdpa")
+    assert local.ledger.mode == "op by op" and "sdpa" in local.ledger.mode_why
+    assert_same(generate(local, prompts, params), generate(cpu_engine(path), prompts, params))
+
+
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     path, model = tiny.make("llama", tmp_path, num_hidden_layers=2)
     ids = prompt(9)

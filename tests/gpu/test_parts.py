@@ -230,7 +230,7 @@ def test_a_gpu_is_taken_where_there_is_one() -> None:
     [
         ({"dtype": "float32"}, {}, "float32 is not computed on GPUs; use `--dtype bfloat16`"),
         ({"kv_cache_dtype": "int8"}, {}, "use fp8"),
-        ({}, {"head_dim": 320}, "heads are 320 wide.*use `--device cpu`"),
+        ({}, {"head_dim": 640}, "heads are 640 wide.*use `--device cpu`"),
         ({}, {"head_dim": 20}, "heads are 20 wide"),
         ({"block_size": 24}, {}, "`--block-size` must be a power of two on a GPU"),
         ({"gpu_memory_utilization": 1.5}, {}, "`--gpu-memory-utilization` must be above 0"),
@@ -265,6 +265,8 @@ def test_attention_backends_are_chosen_for_a_reason() -> None:
     assert backend.name == "sdpa" and "not triton: heads of 512" in reason.why
     backend, reason = choose_attention(with_gpu(attention_backend="sdpa"), FACTS)
     assert backend.name == "sdpa" and reason.why == "--attention-backend"
+    with pytest.raises(ConfigError, match="no soft cap"):
+        choose_attention(with_gpu(attention_backend="sdpa"), FACTS, has_soft_cap=True)
     with pytest.raises(ConfigError, match="sdpa: no fp8 cache"):
         choose_attention(with_gpu(attention_backend="sdpa", kv_cache_dtype="fp8"), FACTS)
     with pytest.raises(ConfigError, match="its results depend on the batch"):

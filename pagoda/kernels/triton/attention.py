@@ -41,6 +41,7 @@ from pagoda.kernels.triton.launch import (
     tanh,
 )
 from pagoda.kernels.triton.plane import DevicePlane
+from pagoda.kernels.triton.sdpa import sdpa_attention
 
 __all__ = ["attention", "num_splits", "scratch_nbytes"]
 
@@ -282,6 +283,10 @@ def attention(
         raise ValueError(f"op `attention`: head_dim is {head_dim}, the cache's is {cache.head_dim}")
     out = torch.empty(q_TD.shape, dtype=q_TD.dtype, device=q_TD.device) if out is None else out
     check_rows("attention", q=q_TD, out=out)
+    if cache.backend == "sdpa":
+        if sinks_H is not None or soft_cap > 0:
+            raise ValueError("op `attention`: backend sdpa has neither sinks nor soft caps")
+        return sdpa_attention(q_TD, cache, block_table_SB, query_start_S1, seq_lens_S, scale=scale, window=window, out=out)
     tokens, seqs, heads = q_TD.shape[0], seq_lens_S.shape[0], q_TD.shape[1] // head_dim
     group = heads // cache.num_kv_heads
     tiles = _tiles(arch_of(q_TD), tokens, seqs, group, num_splits(block_table_SB.shape[1], cache), cache)

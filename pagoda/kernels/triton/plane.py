@@ -38,6 +38,7 @@ class DevicePlane:
     v_scale: float = 1.0
     split_tokens: int = 256
     fixed_tiles: bool = False  # --batch-invariant: prefill computes as decode does, tile by tile
+    backend: str = "triton"  # or "sdpa": what attends over it
 
     @property
     def nbytes(self) -> int:
@@ -61,19 +62,21 @@ def allocate_device_plane(
     v_scale: float = 1.0,
     split_tokens: int = 256,
     fixed_tiles: bool = False,
+    backend: str = "triton",
 ) -> DevicePlane:
     """A zeroed plane. ValueError for sizes the kernels cannot work with."""
     if dtype not in DEVICE_KV_TYPES:
         raise ValueError(f"`dtype` is `{dtype}`; a KV cache on a GPU is one of {', '.join(DEVICE_KV_TYPES)}")
     if block_size < 8 or block_size & (block_size - 1):
         raise ValueError(f"`block_size` is {block_size}; on a GPU it must be a power of two, 8 at least")
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise ValueError(f"`head_dim` is {head_dim}; on a GPU it must be a multiple of 8 and at most 256")
+    widest = 256 if backend == "triton" else 512
+    if head_dim % 8 or not 8 <= head_dim <= widest:
+        raise ValueError(f"`head_dim` is {head_dim}; on a GPU it must be a multiple of 8 and at most {widest}")
     if split_tokens % 64 or split_tokens <= 0:
         raise ValueError(f"`split_tokens` is {split_tokens}; it must be a multiple of 64")
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     k, v = (torch.zeros(shape, dtype=DEVICE_KV_TYPES[dtype], device=device) for _ in range(2))
-    return DevicePlane(dtype, block_size, num_blocks, num_kv_heads, head_dim, k, v, k_scale, v_scale, split_tokens, fixed_tiles)
+    return DevicePlane(dtype, block_size, num_blocks, num_kv_heads, head_dim, k, v, k_scale, v_scale, split_tokens, fixed_tiles, backend)
 
 
 def read_device_tokens(plane: DevicePlane, block_ids: Any, num_tokens: int) -> tuple[Any, Any]:
