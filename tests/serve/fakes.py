@@ -61,7 +61,7 @@ class PlainTemplate:
         for message in messages:
             content = message.get("content") or ""
             if not isinstance(content, str):
-                content = "".join(part["text"] for part in content)
+                content = "".join(part if isinstance(part, str) else part.get("text") or part.get("refusal") or "" for part in content)
             lines.append(f"{message['role']}: {content}")
         text = "\n".join(lines)
         return text + "\nassistant: " if kwargs["add_generation_prompt"] else text

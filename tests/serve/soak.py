@@ -1,7 +1,8 @@
 """Hundreds of streams whose readers leave when they like: `python -m tests.serve.soak --streams 500 --seconds 120`.
 
 The whole server, its engine process included, over the toy worker. Afterwards nothing may be left: no request, no KV block, no file
-descriptor of either process; and memory must not have grown since the first quarter of the run.
+descriptor of either process; and memory must be flat: it is measured eight times, and the second half of the run may not add more
+than _FLAT_MIB to what the first half needed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ class Report:
     left: int = 0
     problems: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
-    grown_mib: float = 0.0  # of both processes, since the first quarter
+    memory_mib: list[float] = field(default_factory=list)  # of both processes, at the start, after each eighth, and at the end
+
+    @property
+    def grown_mib(self) -> float:
+        """In the second half of the run."""
+        return self.memory_mib[-1] - self.memory_mib[len(self.memory_mib) // 2]
 
     @property
     def is_good(self) -> bool:
@@ -80,11 +86,13 @@ async def _run(url: str, processes: list[psutil.Process], streams: int, seconds:
     host, _, port = url.removeprefix("http://").partition(":")
     async with httpx.AsyncClient(base_url=url) as http:
         await http.get("/metrics")
-        num_fds, _ = _state(processes)
+        num_fds, begun = _state(processes)
         until = time.monotonic() + seconds
         readers = [asyncio.create_task(_reader(host, int(port), number, until, report)) for number in range(streams)]
-        await asyncio.sleep(seconds / 4)
-        _, begun = _state(processes)
+        report.memory_mib.append(begun)
+        for _ in range(8):
+            await asyncio.sleep(seconds / 8)
+            report.memory_mib.append(_state(processes)[1])
         done, _ = await asyncio.wait(readers, timeout=seconds + 60)
         report.problems += [repr(task.exception()) for task in done if task.exception() is not None]
         report.problems += ["readers never ended"] * (len(done) < len(readers))
@@ -97,7 +105,7 @@ async def _run(url: str, processes: list[psutil.Process], streams: int, seconds:
             report.leaks = [f"{name} is {value}" for name in names if (value := _figure(text, name))]
             now, memory = _state(processes)
             report.leaks += [f"{now - num_fds} file descriptors more"] if now > num_fds else []
-        report.grown_mib = memory - begun
+        report.memory_mib.append(memory)
 
 
 def run(streams: int, seconds: float) -> Report:
@@ -115,7 +123,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     options = parser.parse_args()
     report = run(options.streams, options.seconds)
-    print(f"{report.finished} answers whole, {report.left} left early, {report.grown_mib:+.1f} MiB since the first quarter")
+    print(f"{report.finished} answers whole, {report.left} left early")
+    print(f"memory: {' '.join(f'{mib:.1f}' for mib in report.memory_mib)} MiB, {report.grown_mib:+.1f} in the second half")
     for line in (*report.problems[:10], *report.leaks):
         print(line)
     raise SystemExit(0 if report.is_good else 1)
