@@ -175,6 +175,7 @@ class Program:
         self._outputs = outputs
         self._max_rows = max_rows
         self._rows = dict.fromkeys(SYMBOLS, 0)
+        self._whole = [self._whole_output(output) for output in outputs]
         self.num_instructions = len(code)
         self._op_names = [lib.ops[instruction.opcode] for instruction in code]
         self.num_barriers = sum(instruction.barrier for instruction in code)
@@ -192,17 +193,18 @@ class Program:
 
     def output(self, index: int) -> np.ndarray:
         """The rows of the latest run, a view into memory that the next run overwrites."""
-        array = self._outputs[index]
-        rows, slot = self._rows[array.shape[0]], array.slot
+        return self._whole[index][: self._rows[self._outputs[index].shape[0]]]
+
+    def _whole_output(self, array: SymArray) -> np.ndarray:
+        """All the rows there can be."""
+        slot = array.slot
         if slot.outside is not None:
             whole = slot.outside
         else:
             end = slot.offset + self._max_rows[array.shape[0]] * slot.row_nbytes
             whole = self._arena[slot.offset : end].view(array.dtype)
             whole = whole if array.ndim == 1 else whole.reshape(-1, slot.row_nbytes // array.dtype.itemsize)
-        if array.ndim == 1:
-            return whole[:rows]
-        return whole[:rows, array.first_col : array.first_col + array.shape[1]]
+        return whole if array.ndim == 1 else whole[:, array.first_col : array.first_col + array.shape[1]]
 
     @property
     def progress(self) -> int:

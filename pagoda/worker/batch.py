@@ -43,6 +43,7 @@ class StepRows:
     row_start_S1: np.ndarray
     is_sampled_S: np.ndarray
     first_position_S: np.ndarray  # position of the token at the sequence's first logits row
+    is_plain: bool = False  # every sequence has one row, sampled, and nothing but the fused draw decides it
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,9 @@ class BatchBuilder:
         num_rows = int(row_start_S1[-1])
         assert num_rows <= self.sizes.max_rows, "the plan asks for more logits rows than there is room for"
         first_row_S = stops - count_S  # the rows wanted are a sequence's last ones
-        if num_rows == num_seqs == num_sampled:
+        is_plain = num_rows == num_seqs == num_sampled
+        if is_plain:
+            is_plain = not table.is_redrawn_N[slots_S].any()
             self.logits_idx_R[:num_rows] = first_row_S
             self.draw.fill(table, slots_S, None)
         else:
@@ -196,7 +199,7 @@ class BatchBuilder:
             self.logits_idx_R[:num_rows] = np.repeat(first_row_S, count_S) + inside
         return StepRows(
             num_tokens=int(stops[-1]), num_seqs=num_seqs, num_rows=num_rows, num_sampled=num_sampled, slots_S=slots_S,
-            row_start_S1=row_start_S1, is_sampled_S=is_sampled_S, first_position_S=ends_S - count_S,
+            row_start_S1=row_start_S1, is_sampled_S=is_sampled_S, first_position_S=ends_S - count_S, is_plain=is_plain,
         )  # fmt: skip
 
     def whole(self, store: KvStore) -> Batch:

@@ -53,6 +53,9 @@ class Sampler:
 
         `drawn_R` are the ids the forward drew of all rows; they are taken when no row needs more than the fused draw.
         """
+        if rows.is_plain and drawn_R is not None and not masks and (ids := drawn_R.tolist()) and min(ids) >= 0:
+            table.append_tokens(rows.slots_S, drawn_R)
+            return [StepRow(slot=slot, token_ids=[token]) for slot, token in zip(rows.slots_S.tolist(), ids, strict=True)]
         results = [StepRow(slot=slot) for slot in rows.slots_S.tolist()]
         if rows.num_rows == 0:
             return results

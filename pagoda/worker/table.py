@@ -2,7 +2,7 @@
 
 A slot is given by the brain at admission and released in a later plan. Row `slot` of every array belongs to it:
 
-    tokens_NL        every known token: prompt, then what was sampled          N slots, L max_model_len
+    tokens_NL        every known token: prompt, then what was sampled          N slots, L max_model_len and one that is never computed
     num_tokens_N     how many of them
     tables_gNB       block ids per KV group g                                  B blocks of a full-length request
     temperature_N .. seed_N                                                    plain sampling parameters
@@ -47,7 +47,7 @@ class RequestTable:
     ) -> None:
         n = max_num_seqs
         self._processors = tuple(processors)
-        self.tokens_NL = np.zeros((n, max_model_len), np.int32)
+        self.tokens_NL = np.zeros((n, max_model_len + 1), np.int32)
         self.num_tokens_N = np.zeros(n, np.int32)
         self.tables_gNB = np.zeros((num_groups, n, max_blocks), np.int32)
         self.num_blocks_gN = np.zeros((num_groups, n), np.int32)
@@ -118,9 +118,5 @@ class RequestTable:
     def append_tokens(self, slots: np.ndarray, ids: np.ndarray) -> None:
         """Sampled tokens become the next step's input without a round trip through the brain."""
         counts = self.num_tokens_N[slots]
-        fits = counts < self.tokens_NL.shape[1]  # the last token of a full context is never computed
-        if fits.all():
-            self.tokens_NL[slots, counts] = ids
-        else:
-            self.tokens_NL[slots[fits], counts[fits]] = ids[fits]
+        self.tokens_NL[slots, counts] = ids
         self.num_tokens_N[slots] = counts + 1

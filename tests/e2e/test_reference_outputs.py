@@ -64,7 +64,7 @@ def test_smollm2_as_served(shared_data: Path, default_model: Path) -> None:
     """The Q4_1 file itself against its weights dequantized and rounded to bfloat16, run in float32."""
     items = json.loads((shared_data / "reference/smollm2_135m_bf16weights_fp32_greedy.json").read_text())["items"]
     answers = run(default_model, items)
-    compared = compare(answers, items, atol=0.08, near_tie=0.2)
+    compared = compare(answers, items, atol=0.12, near_tie=0.2)
     assert compared >= 100
 
 
