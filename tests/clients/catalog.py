@@ -21,6 +21,8 @@ class Client:
     """Requirements for pip, or for npm where the script is JavaScript."""
     has_torch: bool = False
     """torch is installed first, by scripts/install_torch.sh, so that no build for GPUs comes in its place."""
+    compares: bool = False
+    """The script's fifth argument is the URL of a second server: the model in float32 throughout, as transformers computes it."""
     peer: str = ""
     """The environment is that of this peer of benchmarks/peers."""
     timeout_s: float = 300.0
@@ -41,7 +43,7 @@ CLIENTS = {
         Client("pydantic-ai", "drive_pydantic_ai.py", ("pydantic-ai-slim[openai]==2.68.0",)),
         Client("LlamaIndex", "drive_llama_index.py", ("llama-index-llms-openai-like==0.8.1",)),
         Client("DSPy", "drive_dspy.py", ("dspy==3.4.1",)),
-        Client("lm-eval", "drive_lm_eval.py", ("lm-eval[api]==0.4.13", "transformers==5.23.0", "accelerate"), has_torch=True, timeout_s=600),
+        Client("lm-eval", "drive_lm_eval.py", ("lm-eval[api]==0.4.13", "transformers==5.23.0", "accelerate"), has_torch=True, compares=True),
         Client("guidellm", "drive_guidellm.py", ("guidellm==0.8.1", "torch==2.13.0"), has_torch=True, timeout_s=600),
         Client("aiperf", "drive_aiperf.py", ("aiperf==0.13.0",), timeout_s=600),
         Client("vllm bench serve", "drive_vllm_bench.py", peer="vllm", timeout_s=600),

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from tests.clients.environments import CACHE, ROOT, command, model_folder
 
 __all__ = ["Outcome", "run_client", "running_server"]
 
-_START_SECONDS, _STOP_SECONDS = 60.0, 30.0
+_MODEL = "SmolLM2-135M-Instruct"
+_START_SECONDS, _STOP_SECONDS = 180.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def running_server(log: Path) -> Iterator[str]:
-    """The URL of `pagoda serve` with the default model. AssertionError where it does not start, or ends badly."""
+def running_server(log: Path, flags: Sequence[str] = ()) -> Iterator[str]:
+    """The URL of `pagoda serve`, the default model's unless `flags` say otherwise. AssertionError where it does not start, or ends badly."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "pagoda.cli", "serve", "--port", "0", "--kv-cache-memory-bytes", "256M"]
+    words = [sys.executable, "-m", "pagoda.cli", "serve", *flags, "--port", "0", "--kv-cache-memory-bytes", "256M"]
     with open(log, "wb") as out:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
@@ -62,7 +63,16 @@ def run_client(client: Client, server: str, model: Path) -> Outcome:
     words = command(client)
     work = CACHE / "work" / client.script.partition(".")[0]
     work.mkdir(parents=True, exist_ok=True)
-    words += [server, "SmolLM2-135M-Instruct", str(model_folder(model)), str(work)]
+    folder = str(model_folder(model))
+    words += [server, _MODEL, folder, str(work)]
+    if not client.compares:
+        return _run_script(words, client.timeout_s, work)
+    flags = [folder, "--dtype", "float32", "--kv-cache-dtype", "float32", "--max-model-len", "2048", "--served-model-name", _MODEL]
+    with running_server(work / "server.log", flags) as second:
+        return _run_script([*words, second], client.timeout_s, work)
+
+
+def _run_script(words: Sequence[str], timeout_s: float, work: Path) -> Outcome:
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(CACHE / "hf")}
     environment = {**os.environ, **offline, "PYTHONDONTWRITEBYTECODE": "1", "OPENAI_API_KEY": "none"}
     environment.pop("PYTHONPATH", None)
@@ -70,20 +80,20 @@ def run_client(client: Client, server: str, model: Path) -> Outcome:
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=work, start_new_session=True, text=True
     )
     try:
-        output, _ = process.communicate(timeout=client.timeout_s)
+        output, _ = process.communicate(timeout=timeout_s)
         is_late = False
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # its own group: a client may have started processes of its own
         output, _ = process.communicate()
         is_late = True
     (work / "output.log").write_text(output, encoding="utf-8")
-    found = re.search(r"^version (\S+) (\S+)$", output, re.M)
     failed = re.findall(r"^FAILED (.+)$", output, re.M)
     if is_late:
-        failed.append(f"took more than {client.timeout_s:.0f} s")
+        failed.append(f"took more than {timeout_s:.0f} s")
     elif process.returncode and not failed:
         failed.append(f"ended with status {process.returncode}")
     done = re.findall(r"^ok (.+)$", output, re.M)
     if not done and not failed:
         failed.append("did nothing")
+    found = re.search(r"^version (\S+) (\S+)$", output, re.M)
     return Outcome(f"{found[1]} {found[2]}" if found else "?", tuple(done), tuple(failed), output)

@@ -26,7 +26,7 @@ async def text() -> None:
 @step
 async def stream() -> None:
     async with Agent(model).run_stream(QUESTION) as result:
-        parts = [part async for part in result.stream_text(delta=True)]
+        parts = [part async for part in result.stream_text(delta=True, debounce_by=None)]
     assert "Paris" in "".join(parts) and len(parts) > 1
 
 
