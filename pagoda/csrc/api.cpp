@@ -78,7 +78,7 @@ constexpr int kNumOps = int(sizeof kOpTensors / sizeof kOpTensors[0]);
 
 }  // namespace
 
-int pg_abi(void) { return 1; }
+int pg_abi(void) { return 2; }
 const char* pg_last_error(void) { return last_error.c_str(); }
 
 int pg_isa_count(void) { return kNumIsas; }

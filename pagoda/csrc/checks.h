@@ -58,7 +58,12 @@ static inline const char* attention(const Call& c) {
     if (c.t[0].cols % (c.i[1] * c.i[2])) return "attention: the query heads must be a multiple of the key-value heads";
     for (int k = 3; k < 6; ++k)
         if (!c.t[k].data || c.t[k].dtype != PG_I32) return "attention: block table, query starts and lengths must be int32";
-    return nullptr;
+    const pg_tensor *keys = &c.t[7], *values = &c.t[8], *table = &c.t[11];
+    if (!keys->data) return nullptr;
+    const int64_t width = c.i[1] * c.i[2];
+    if (!activations(*keys) || !activations(*values) || keys->cols != width || values->cols != width) return "attention: new keys and values must be float32, num_kv_heads * head_dim wide";
+    if (!index(c.t[9]) || !index(c.t[10])) return "attention: slots and positions must be int32 or int64";
+    return activations(*table) && table->cols % 2 == 0 && table->cols <= c.i[2] ? nullptr : "attention: the rotary table must be float32, even, not wider than a head";
 }
 static inline const char* act_and_mul(const Call& c) {
     if (!activations(c.t[0]) || !activations(c.t[1]) || c.t[0].cols != 2 * c.t[1].cols) return "act_and_mul: x must be float32, twice as wide as out";

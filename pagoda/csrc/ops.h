@@ -7,7 +7,7 @@
     X(linear, 6, 4)          \
     X(rope, 4, 3)            \
     X(kv_write, 5, 0)        \
-    X(attention, 7, 6)       \
+    X(attention, 12, 6)      \
     X(act_and_mul, 2, 1)     \
     X(add, 3, 2)             \
     X(scale, 2, 1)           \

@@ -1,10 +1,13 @@
-"""Steps that become one: the norm in front of a product, and the gated activation behind it.
+"""Steps that become one: the norm in front of a product, the gated activation behind it, and what comes before attention.
 
     rms_norm  x -> h     linear       h -> y     =>    linear  x -> y, which normalises the rows where it rounds them
     linear    x -> gu    act_and_mul gu -> y     =>    linear  x -> y, which multiplies the two halves where it stores them
+    rope q, rope k, kv_write k v, attention q -> y       =>    attention  q, k, v -> y, which turns queries as it reads them and keys
+                                                               as it writes them
 
 With few rows every thread normalises all of them itself, which is cheaper than meeting; with many, rows go through memory once
-less. The arithmetic is that of the two ops, so the results are the same bit for bit.
+less. A sequence that decodes has its keys written by the task that attends, so that nobody waits. The arithmetic is that of
+the ops, so the results are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ _GATED_UNIT = 128  # rows of a weight whose halves any instruction set's tiles d
 def fuse(steps: Sequence[Step], outputs: Sequence[SymArray]) -> list[Step]:
     """The steps, with every pair that may be joined joined. `outputs` are read after the last one."""
     ends = {id(output.slot) for output in outputs}
-    return _join(_join(steps, ends, "rms_norm", "linear", _with_norm), ends, "linear", "act_and_mul", _with_activation)
+    found = _join(_join(steps, ends, "rms_norm", "linear", _with_norm), ends, "linear", "act_and_mul", _with_activation)
+    return _join_attention(found, ends)
 
 
 def _join(steps: Sequence[Step], ends: set[int], first: str, then: str, joined: Callable[[Step, Step], Step | None]) -> list[Step]:
@@ -62,3 +66,39 @@ def _with_activation(product: Step, activation: Step) -> Step | None:
         return None
     prepared = product.ints[0] if product.ints else 0
     return Step("linear", (x, weight, bias, None, activation.operands[1], norm), (prepared, 1 + activation.ints[0]), product.floats)
+
+
+def _join_attention(steps: Sequence[Step], ends: set[int]) -> list[Step]:
+    """Puts one attention in the place of each run of rope, rope, kv_write, attention that nobody else sees into."""
+    last_read: dict[int, int] = {}
+    for k, step in enumerate(steps):
+        last_read |= {id(x.slot): k for i, x in enumerate(step.operands) if isinstance(x, SymArray) and i not in step.written}
+    made: list[Step] = []
+    k = 0
+    while k < len(steps):
+        run = steps[k : k + 4]
+        joined = _with_rope(*run) if [step.op for step in run] == ["rope", "rope", "kv_write", "attention"] else None
+        if joined is not None:
+            turned = {id(joined.operands[i].slot) for i in (0, 7)}
+            joined = None if turned & ends or any(last_read[slot] > k + 3 for slot in turned) else joined
+        made.append(steps[k] if joined is None else joined)
+        k += 1 if joined is None else 4
+    return made
+
+
+def _with_rope(first: Step, second: Step, write: Step, attention: Step) -> Step | None:
+    (q, positions, table, turned_q), (k, *same, turned_k) = first.operands, second.operands
+    written_k, v, *planes, slots = write.operands
+    asked_q, *read, out = attention.operands
+    head_dim = attention.ints[2]
+    arrays = (q, turned_q, asked_q, k, turned_k, written_k, v, out)
+    if not all(isinstance(x, SymArray) and x.slot.outside is None for x in arrays):
+        return None
+    at_q, at_k, at_v, at_out = (access(x) for x in (q, k, v, out))
+    is_chain = access(turned_q) == at_q == access(asked_q) and access(turned_k) == at_k == access(written_k)
+    is_same = same[0] is positions and same[1] is table and all(a is b for a, b in zip(planes, read[:2], strict=True))
+    is_same = is_same and tuple(write.ints) == tuple(attention.ints[:4]) and first.ints[0] == head_dim == second.ints[0]
+    spoilt = [(at_q, at_k), (at_q, at_v), (at_k, at_v), (at_out, at_q), (at_out, at_k), (at_out, at_v)]
+    if not is_chain or not is_same or any(a.overlaps(b) for a, b in spoilt):
+        return None
+    return Step("attention", (*attention.operands, k, v, slots, positions, table), attention.ints, attention.floats)

@@ -87,6 +87,8 @@ class Step:
     @property
     def written(self) -> tuple[int, ...]:
         """Which operands it writes."""
+        if self.op == "attention" and len(self.operands) > 7:
+            return (1, 2, 6)  # it brings new keys and values
         return _WRITES.get(self.op, (len(self.operands) - 1,)) if self.operands else ()
 
     def accesses(self) -> tuple[list[Access], list[Access]]:

@@ -10,10 +10,11 @@ import pytest
 
 from pagoda.kernels import ops
 from pagoda.kernels.cpu import library
+from pagoda.kernels.kv import DTYPES
 from pagoda.kernels.record import Program, Recorder
 from pagoda.kernels.weight import FORMATS
 
-from .cases import normal, weight
+from .cases import filled_cache, normal, rope_table, weight
 
 MAX, WIDTH = 40, 256
 Array = Any
@@ -118,3 +119,106 @@ def test_a_result_that_is_asked_for_is_kept() -> None:
     program = recorder.finish(outputs=[ops.linear(h, w), h])
     program.run(T=5)
     np.testing.assert_array_equal(program.output(1), ops.rms_norm(x[:5], norm, eps=1e-5))
+
+
+HEADS, GROUP = 2, 3
+Forward = Callable[..., Array]
+
+
+class _Tokens:
+    """Sequences of given lengths of which the last tokens are new: what a forward is given, and a cache with what came before."""
+
+    def __init__(self, dtype: str, lens: list[int], queries: list[int], dim: int = 64, rotary: int = 64) -> None:
+        rng = np.random.default_rng(len(lens))
+        self.dim, self.rows, self.sequences = dim, sum(queries), len(lens)
+        self.qkv = normal(rng, self.rows, (GROUP + 2) * HEADS * dim)
+        self.cache, self.table = filled_cache(rng, dtype, block_size=16, heads=HEADS, dim=dim, lens=lens)
+        self.lens, self.starts = np.array(lens, np.int32), np.cumsum([0, *queries]).astype(np.int32)
+        self.positions = np.concatenate([np.arange(n - m, n) for n, m in zip(lens, queries, strict=True)]).astype(np.int32)
+        owner = np.repeat(np.arange(len(lens)), queries)
+        self.slots = self.table[owner, self.positions // 16].astype(np.int64) * 16 + self.positions % 16
+        self.angles = rope_table(max(lens), rotary)
+        self.before = self.cache.k.copy(), self.cache.v.copy()
+
+    def both(self, forward: Forward) -> tuple[Program, list[np.ndarray], list[np.ndarray]]:
+        """-> the program; answer, keys and values of running it; the same of op by op."""
+        recorder = Recorder(max_rows={"T": self.rows, "S": self.sequences})
+        given = {name: recorder.input(getattr(self, name), rows="T") for name in ("qkv", "positions", "slots")}
+        given |= {name: recorder.input(getattr(self, name), rows="S") for name in ("table", "lens")}
+        program = recorder.finish(outputs=[forward(**given, tokens=self)])
+        program.run(T=self.rows, S=self.sequences)
+        found = [program.output(0).copy(), *self._cache()]
+        self.cache.k[...], self.cache.v[...] = self.before
+        given = {name: getattr(self, name) for name in given}
+        wanted = [np.asarray(forward(**given, tokens=self)).copy(), *self._cache()]
+        self.cache.k[...], self.cache.v[...] = self.before
+        return program, found, wanted
+
+    def _cache(self) -> list[np.ndarray]:
+        return [x.view(np.uint8).copy() for x in (self.cache.k, self.cache.v)]
+
+
+def _attend(*, qkv: Array, positions: Array, slots: Array, table: Array, lens: Array, tokens: _Tokens, v_from: int = 2, again: bool = False,
+            angles: np.ndarray | None = None, window: int = 0) -> Array:  # fmt: skip
+    y, width = ops.scale(qkv, 1.0), HEADS * tokens.dim
+    q, k, v = y[:, : GROUP * width], y[:, GROUP * width : (GROUP + 1) * width], y[:, (GROUP + v_from - 1) * width : (GROUP + v_from) * width]
+    ops.rope(q, positions, tokens.angles, head_dim=tokens.dim, out=q)
+    ops.rope(k, positions, tokens.angles if angles is None else angles, head_dim=tokens.dim, out=k)
+    ops.kv_write(k, v, tokens.cache, slots)
+    o = ops.attention(q, tokens.cache, table, tokens.starts, lens, scale=0.125, head_dim=tokens.dim, window=window)
+    return ops.add(o, q) if again else o
+
+
+@pytest.mark.parametrize(
+    ("lens", "queries"),
+    [([1], [1]), ([70, 17, 128, 33], [1, 1, 1, 1]), ([70, 32, 16], [2, 3, 1]), ([90, 40, 33], [1, 40, 9]), ([2100], [1]), ([1500, 20], [1, 1])],
+    ids=["first", "decode", "few", "mixed", "long", "long-and-short"],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_brings_its_own_keys(isa: str, dtype: str, lens: list[int], queries: list[int]) -> None:
+    lib = library.default()
+    threads = lib.num_threads
+    try:
+        for n, window in ((1, 0), (2, 0), (2, 20)):
+            lib.set_threads(n)
+            for dim, rotary in ((64, 64), (20, 12)):
+                program, found, wanted = _Tokens(dtype, lens, queries, dim, rotary).both(lambda w=window, **given: _attend(**given, window=w))
+                assert program.num_instructions == 2
+                for a, b in zip(found, wanted, strict=True):
+                    np.testing.assert_array_equal(a, b)
+    finally:
+        lib.set_threads(threads)
+
+
+def test_decoding_meets_no_more_often_than_its_layers_do() -> None:
+    """One stage where every sequence decodes, a second one where a prompt is among them."""
+    for queries, stages in (([1, 1], 1), ([1, 60], 2)):
+        program, _, _ = _Tokens("bfloat16", [70, 90], queries).both(_attend)
+        program.trace(True)
+        program.run(T=sum(queries), S=2)
+        assert [name for name, _, _ in program.stage_times()] == ["scale", *["attention"] * stages]
+
+
+def test_slots_elsewhere_are_written_where_they_say() -> None:
+    """No task may take it for granted that a row is written where its sequence reads it."""
+    tokens = _Tokens("bfloat16", [70, 33, 20], [1, 1, 1])
+    tokens.slots[0], tokens.slots[1] = -1, tokens.slots[2] + 1
+    _, found, wanted = tokens.both(_attend)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("spoilt", [{"again": True}, {"v_from": 1}, {"angles": rope_table(70, 32)}], ids=["read-later", "turned-values", "other-angles"])
+def test_attention_that_must_not_be_joined_is_not(spoilt: dict[str, Any]) -> None:
+    program, found, wanted = _Tokens("float32", [70, 33], [1, 1]).both(lambda **given: _attend(**given, **spoilt))
+    assert program.num_instructions == 5 + ("again" in spoilt)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_new_tokens_outside_what_there_is_are_faults() -> None:
+    for name, value, message in (("slots", 10**6, "a slot is outside"), ("positions", 70, "a position is outside")):
+        tokens = _Tokens("bfloat16", [70, 33], [1, 1])
+        getattr(tokens, name)[1] = value
+        with pytest.raises(library.KernelFault, match=message):
+            tokens.both(_attend)

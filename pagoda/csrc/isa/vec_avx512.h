@@ -84,6 +84,8 @@ PG_INLINE int32_t largest_magnitude(f32x16 a, f32x16 b) {
     return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(bits(a), magnitude), _mm512_and_si512(bits(b), magnitude)));
 }
 PG_INLINE void store_i8(int8_t* p, i32x16 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
+// The low halves of lanes.
+PG_INLINE void store_i16(int16_t* p, i32x16 v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
 // Of each four values the first, third, second, fourth.
 PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_shuffle_epi32(v, _MM_PERM_DBCA)));

@@ -29,6 +29,11 @@ PG_INLINE void store_i8(int8_t* p, i32x16 v) {
     __builtin_memcpy(t, &v, 64);
     for (int i = 0; i < 16; ++i) p[i] = int8_t(t[i]);
 }
+PG_INLINE void store_i16(int16_t* p, i32x16 v) {
+    int32_t t[16];
+    __builtin_memcpy(t, &v, 64);
+    for (int i = 0; i < 16; ++i) p[i] = int16_t(t[i]);
+}
 PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) {
     int32_t t[16];
     __builtin_memcpy(t, &v, 64);

@@ -14,6 +14,10 @@
 // A row's numbers depend on its own keys only: a key it does not see adds p = 0, a tile it does not see leaves m, l
 // and o as they are, bit for bit. So prefill, chunks and decode agree. Keys outside the rows' range are not read, for
 // they may belong to nobody.
+//
+// The keys and values of the rows themselves may come along, with queries and keys not turned yet (pagoda/kernels/fuse.py joins the
+// steps). Then keys are turned and written in a phase before, or, where each sequence is one tile of rows (decoding), by the task of
+// their sequence and head just before it attends: no other task reads them. Queries are turned where they are scaled.
 #pragma once
 
 struct AttentionSizes {
@@ -103,6 +107,21 @@ struct AttentionWork : AttentionSizes {
         return true;
     }
 
+    // Whether each row is written where its own sequence reads it, by the one task that does: the positions of all rows belong to
+    // sequences of one tile, and slots are what block tables say.
+    bool writes_own() {
+        int64_t rows = 0;
+        while (advance()) {
+            if (!is_right(index) || at.start != rows || at.tiles > 1 || at.parts) return false;
+            const int32_t* table = row<int32_t>(c.t[3], index);
+            for (int64_t p = at.keys - at.queries; p < at.keys; ++p, ++rows) {
+                const int64_t page = p / c.i[0];
+                if (page >= c.t[3].cols || index_at(c.t[9], rows) != table[page] * c.i[0] + p % c.i[0]) return false;
+            }
+        }
+        return rows == c.rows;
+    }
+
     // Moves on to the sequence of a task; tasks are asked for in growing order. False when there are no more.
     bool find(int64_t task) {
         while (index < 0 || (index < c.t[5].rows && task >= before + at.tasks))
@@ -122,6 +141,10 @@ struct Attention : AttentionSizes {
     const int64_t dim, wide, group, window, q_bytes, state_size;
     const float scale, cap;
     float* const shared;   // states that another task merges
+    const Turning turning;          // of a call that brings new tokens
+    const NewTokens fresh;
+    const bool is_joined;
+    bool writes = false;   // each task its own
 
     // Scratch of one thread.
     char* q;            // [kRows] queries, as the kind keeps them
@@ -145,7 +168,8 @@ struct Attention : AttentionSizes {
         : c(call), cache(Cache::of(&call.t[1], &call.t[2], call.i)), dim(cache.dim), wide(round_up(dim, 16)),
           group(call.t[0].cols / (cache.heads * dim)), window(call.i[4]), q_bytes(round_up(Kind::query_bytes(dim), 64)),
           state_size(state_floats(dim)), scale(float(call.f[0]) * Kind::kUnit), cap(float(call.f[1]) * Kind::kUnit),
-          shared((float*)(call.scratch + num_threads * thread_bytes(dim))) {
+          shared((float*)(call.scratch + num_threads * thread_bytes(dim))), turning{call.t[10], call.t[11]},
+          fresh(call, cache, call.t[7], call.t[8], call.t[9], &turning), is_joined(call.t[7].data) {
         char* p = call.scratch + tid * thread_bytes(dim);
         now = (float*)p;
         total = now + kRows * state_size;
@@ -163,6 +187,10 @@ struct Attention : AttentionSizes {
     }
 
     void run(int phase, int num_threads) {
+        if (is_joined) {
+            writes = AttentionWork(c, num_threads).writes_own();
+            if (!writes && phase-- == 0) return fresh.write_all(num_threads);
+        }
         AttentionWork work(c, num_threads);
         int64_t next, end;
         if (phase == 0) {
@@ -201,9 +229,13 @@ struct Attention : AttentionSizes {
         const int64_t head = work.head_of(n), tile = work.tile_of(n), first = at.parts ? 0 : tile * work.per, left = at.queries * group - first;
         const int rows = int(left < work.per ? left : work.per);
         int64_t low = INT64_MAX, high = 0;
+        if (writes) fresh.write(at.start, at.start + at.queries, head, head + 1);
         for (int a = 0; a < rows; ++a) {
             const int64_t r = first + a;
-            Kind::load_query(query_of(head, at.start, r), scale, dim, q + a * q_bytes);
+            float turned[512];
+            const float* x = query_of(head, at.start, r);
+            if (is_joined && turning.turn(c, at.start + r / group, x, turned, dim, dim)) x = turned;
+            Kind::load_query(x, scale, dim, q + a * q_bytes);
             if (a + 6 < rows)
                 for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(query_of(head, at.start, r + 6) + d);
             to[a] = at.keys - at.queries + r / group + 1;
@@ -498,10 +530,11 @@ struct Attention : AttentionSizes {
 
 struct attention_op : AttentionSizes {
     static int phases(const Call& c, int num_threads) {
+        const int before = c.t[7].data && !AttentionWork(c, num_threads).writes_own();
         AttentionWork work(c, num_threads);
         while (work.advance())
-            if (work.at.parts) return 2;
-        return 1;
+            if (work.at.parts) return before + 2;
+        return before + 1;
     }
     static int64_t scratch(const Call& c, int num_threads) {
         return num_threads * thread_bytes(c.i[2]) + shared_rows(c, num_threads) * state_floats(c.i[2]) * 4;

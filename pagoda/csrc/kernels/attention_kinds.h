@@ -125,14 +125,12 @@ struct Int8Cache {
     };
     static int64_t query_bytes(int64_t dim) { return int64_t(sizeof(Query)) + 2 * dim; }
     static void load_query(const float* x, float scale, int64_t dim, char* q) {
-        float padded[512 + 32] = {};
-        memcpy(padded, x, size_t(dim) * 4);
-        const float most = largest_of(padded, dim), inverse = is_divisor(most) ? 32639.0f / most : 0.0f;   // 127 * 256 + 127
+        const float most = largest_of(x, dim), inverse = is_divisor(most) ? 32639.0f / most : 0.0f;   // 127 * 256 + 127
         Query head = {scale * (most < INFINITY ? most * (1.0f / 32639.0f) : NAN), 0, 0, 0};
         i32x16 highs = iset1(0), lows = iset1(0);
         int8_t* digits = (int8_t*)q + sizeof(Query);
         for (int64_t d = 0; d < dim; d += 16) {
-            const f32x16 v = load(padded + d), n = inverse > 0 ? to_f32(round_i32(mul(v, set1(inverse)))) : zero();
+            const f32x16 v = dim - d >= 16 ? load(x + d) : load_n(x + d, dim - d), n = inverse > 0 ? to_f32(round_i32(mul(v, set1(inverse)))) : zero();
             const i32x16 high = round_i32(mul(add(n, set1(0.5f)), set1(1.0f / 256.0f)));   // never a tie
             const i32x16 low = round_i32(sub(n, mul(to_f32(high), set1(256.0f))));
             int8_t h[16], l[16];

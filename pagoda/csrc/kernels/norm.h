@@ -30,22 +30,20 @@ struct rms_norm_op : SimpleOp {
     }
 };
 
-struct rope_op : SimpleOp {
-    static void run(const Call& c, int, int, int num_threads) {
-        const pg_tensor &x = c.t[0], &table = c.t[2], &out = c.t[3];
-        const int64_t head_dim = c.i[0], half = table.cols / 2;
-        int64_t begin, end;
-        while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end))
-            for (int64_t r = begin; r < end; ++r) {
-                int64_t position = index_at(c.t[1], r);
-                if (position < 0 || position >= table.rows) {
-                    report(c, "rope: a position is outside the table");
-                    continue;
-                }
-                const float* cos = row<float>(table, position);
-                for (int64_t d = 0; d < x.cols; d += head_dim)
-                    rotate(row<float>(x, r) + d, row<float>(out, r) + d, cos, cos + half, half, head_dim);
-            }
+// Rows of heads turned by the angles of their positions.
+struct Turning {
+    const pg_tensor &positions, &table;   // of int; [positions][cos | sin]
+
+    // x, which belongs to row r, turned into y; false when the table does not have its position.
+    bool turn(const Call& c, int64_t r, const float* x, float* y, int64_t width, int64_t head_dim) const {
+        const int64_t position = index_at(positions, r), half = table.cols / 2;
+        if (position < 0 || position >= table.rows) {
+            report(c, "rope: a position is outside the table");
+            return false;
+        }
+        const float* cos = row<float>(table, position);
+        for (int64_t d = 0; d < width; d += head_dim) rotate(x + d, y + d, cos, cos + half, half, head_dim);
+        return true;
     }
 
     static void rotate(const float* x, float* y, const float* cos, const float* sin, int64_t half, int64_t head_dim) {
@@ -62,5 +60,14 @@ struct rope_op : SimpleOp {
         }
         if (x != y)
             for (i = 2 * half; i < head_dim; ++i) y[i] = x[i];
+    }
+};
+
+struct rope_op : SimpleOp {
+    static void run(const Call& c, int, int, int num_threads) {
+        const Turning turning{c.t[1], c.t[2]};
+        int64_t begin, end;
+        while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end))
+            for (int64_t r = begin; r < end; ++r) turning.turn(c, r, row<float>(c.t[0], r), row<float>(c.t[3], r), c.t[0].cols, c.i[0]);
     }
 };

@@ -22,8 +22,8 @@ from pagoda.kernels.weight import Weight
 __all__ = ["Instruction", "KernelFault", "Library", "LibraryUnavailable", "Tensor", "default", "describe"]
 
 PATH = Path(__file__).with_name("libpagoda.so")
-_ABI = 1
-_MAX_TENSORS, _MAX_INTS, _MAX_FLOATS = 8, 5, 2
+_ABI = 2
+_MAX_TENSORS, _MAX_INTS, _MAX_FLOATS = 12, 5, 2
 
 DTYPES: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): 0,
