@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 24 * 60.0
+SHORTEST = 10.0  # seconds that a part must have left to be started
 _ENGINE = ["benchmarks/gpu_engine.py"]
 _VERSIONS = """
 import importlib.metadata as m, platform, sys
@@ -65,8 +66,8 @@ def parts() -> list[Part]:
     return [
         Part("environment", ["-c", _VERSIONS], 120),
         Part("native library, for draws on the host", ["pagoda/csrc/build.py"], 240),
-        Part("kernels against the references", ["-m", "pytest", "-q", "-x", "tests/kernels_triton", "--deselect", "tests/kernels_triton/test_aot.py"], 400),
-        Part("engine against transformers, graphs, batch invariance", ["-m", "pytest", "-q", "tests/gpu"], 400),
+        Part("kernels against the references", ["-m", "pytest", "-q", "--maxfail=30", "-m", "not long", "tests/kernels_triton", "--ignore=tests/kernels_triton/test_aot.py"], 400),
+        Part("engine against transformers, graphs, batch invariance", ["-m", "pytest", "-q", "--maxfail=30", "tests/gpu"], 400),
         Part("Llama-3.1-8B shape, one request, greedy", engine("llama-3.1-8b", 1, 128, 512, "--temperature", "0", "--ceiling"), 240, step),
         Part("Llama-3.1-8B shape, one request, sampled", engine("llama-3.1-8b", 1, 128, 256, "--ceiling"), 200),
         Part("Llama-3.1-8B shape, 256 x 1024 in, 1024 out", engine("llama-3.1-8b", 256, 1024, 1024), 240,
@@ -84,7 +85,7 @@ def parts() -> list[Part]:
 def run(part: Part, left: float, environment: dict[str, str]) -> None:
     """Never raises: what went wrong is the part's status."""
     limit = min(part.seconds, left)
-    if limit < 10:
+    if limit < SHORTEST:
         part.status = "no time left"
         return
     begun = time.monotonic()

@@ -21,7 +21,7 @@ class Answer(NamedTuple):
 
 
 def engine(model: Path | str | None, **kwargs: Any) -> LocalEngine:
-    defaults: dict[str, Any] = dict(kv_cache_memory_bytes=SMALL_CACHE, max_model_len=512)
+    defaults: dict[str, Any] = dict(device="cpu", kv_cache_memory_bytes=SMALL_CACHE, max_model_len=512)
     return build_engine(config_from_kwargs(None if model is None else str(model), **{**defaults, **kwargs}))
 
 

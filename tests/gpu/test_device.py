@@ -21,7 +21,7 @@ from tests.gpu.harness import TINY
 from tests.models import tiny
 
 HAS_GPU = torch.cuda.is_available() and not triton.knobs.runtime.interpret
-LAYERS, TOKENS = (4, 24) if HAS_GPU else (2, 3)
+LAYERS, TOKENS = (4, 24) if HAS_GPU else (1, 2)
 VOCAB = tiny.SHAPE["vocab_size"]
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
 DRAWN = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=TOKENS, ignore_eos=True)
