@@ -21,10 +21,11 @@ from pagoda.base.clock import monotonic
 from pagoda.base.config import config_from_kwargs
 from pagoda.base.errors import DeadlineExceeded, EngineDead, InvalidRequest, RequestError, RequestFailed
 from pagoda.base.log import get_logger
-from pagoda.base.types import EngineOutput, FinishReason, RequestOutput, SamplingParams
+from pagoda.base.types import EngineOutput, FinishReason, RequestOutput, SamplingParams, StructuredOutputsParams
 from pagoda.engine.client import CoreClient, ThreadClient
 from pagoda.engine.core import SampleId
 from pagoda.engine.stats import EngineStats
+from pagoda.structured.translate import translate
 
 __all__ = ["AsyncEngine"]
 
@@ -46,10 +47,13 @@ class _Reader:
 class AsyncEngine:
     """For one event loop. `client` runs the core; `on_shutdown` releases what the client's owner holds."""
 
-    def __init__(self, client: CoreClient, processor: Processor, *, on_shutdown: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, client: CoreClient, processor: Processor, *, on_shutdown: Callable[[], None] | None = None, max_pending_nbytes: int | None = None
+    ) -> None:
+        """A stream of which more than `max_pending_nbytes` wait for their reader ends with RequestFailed, and no other does."""
         self.processor = processor
         self._client = client
-        self._on_shutdown = on_shutdown
+        self._on_shutdown, self._max_pending = on_shutdown, max_pending_nbytes or float("inf")
         self._readers: dict[str, _Reader] = {}
         self._searches: dict[str, set[str]] = {}  # beam searches by request id: the requests of their step
         self._dispatcher: asyncio.Task[None] | None = None
@@ -203,6 +207,8 @@ class AsyncEngine:
             try:
                 if reader.stream.push(output):
                     stopped.append((output.request_id, output.index))
+                if reader.stream.pending_nbytes > self._max_pending and not reader.stream.is_finished:
+                    self._give_up(reader)
             except Exception as error:
                 _log.exception("request `%s`: its output cannot be read", output.request_id)
                 reader.stream.fail(error)
@@ -210,6 +216,13 @@ class AsyncEngine:
             reader.is_ready.set()
         if stopped:
             self._client.abort(stopped, FinishReason.STOP)
+
+    def _give_up(self, reader: _Reader) -> None:
+        """Nobody takes what this request makes."""
+        request_id = reader.stream.request.request_id
+        _log.warning("request `%s` ended: more than %d bytes wait for its reader (--stream-buffer-bytes)", request_id, self._max_pending)
+        reader.stream.fail(RequestFailed("the reader of this stream is too slow: too much was waiting for it", code="slow_reader"))
+        self._client.abort([request_id])
 
     # ---- everything else
 
@@ -228,6 +241,11 @@ class AsyncEngine:
     async def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. False, and nothing changed, while any request runs."""
         return bool(await self._client.call("reset_prefix_cache"))
+
+    async def warm_up_grammars(self) -> None:
+        """Loads what the first structured request would have to wait for, here and in the core."""
+        await asyncio.get_running_loop().run_in_executor(self._text_pool, translate, StructuredOutputsParams(json_object=True))
+        await self._client.call("warm_up_grammars", self.processor.eos_token_ids)
 
     async def shutdown(self) -> None:
         """Ends the core. What still runs ends with EngineDead. May be called twice."""

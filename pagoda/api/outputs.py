@@ -24,6 +24,8 @@ from pagoda.text.tokenizer import Tokenizer
 
 __all__ = ["RequestStream"]
 
+_TOKEN_NBYTES, _LOGPROB_NBYTES = 32, 200  # what the objects take, about
+
 
 class _Sample:
     """One of the n answers: everything so far, and where the last `take` ended."""
@@ -34,6 +36,7 @@ class _Sample:
         self.stop_reason: int | str | None = None
         self.is_dirty = False
         self.num_tokens = 0
+        self.pending_nbytes = 0  # about, of what the next `take` gives
         self._text_state = TextState(tokenizer, request.params, request.prompt_token_ids)
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -50,9 +53,11 @@ class _Sample:
         self.is_dirty = True
         self.num_tokens += len(delta.token_ids)
         self._text.append(delta.text)
+        self.pending_nbytes += len(delta.text) + _TOKEN_NBYTES * len(delta.token_ids)
         self._token_ids += delta.token_ids
         if self._logprobs is not None and delta.logprobs is not None:
             self._logprobs += delta.logprobs
+            self.pending_nbytes += _LOGPROB_NBYTES * sum(len(table) for table in delta.logprobs)
             for token_id, table in zip(delta.token_ids, delta.logprobs, strict=True):
                 self._cumulative_logprob += table[token_id].logprob
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
@@ -62,7 +67,7 @@ class _Sample:
         self.finish_reason, self.is_dirty = reason, True
 
     def take(self, *, is_delta: bool) -> CompletionOutput:
-        self.is_dirty = False
+        self.is_dirty, self.pending_nbytes = False, 0
         text = "".join(self._text)
         taken = CompletionOutput(
             index=self.index,
@@ -136,6 +141,13 @@ class RequestStream:
         positions = output.prompt_logprobs or []
         decoded = iter(decode_logprobs(self._tokenizer, [position for position in positions if position is not None]))
         return [None if position is None else next(decoded) for position in positions]
+
+    @property
+    def pending_nbytes(self) -> int:
+        """About how much waits for a reader who takes what is new; 0 for one who waits for the end."""
+        if self.request.params.output_kind is not RequestOutputKind.DELTA:
+            return 0
+        return sum(sample.pending_nbytes for sample in self._samples)
 
     def fail(self, error: Exception) -> None:
         """Ends every sample here; the core still has to be told."""

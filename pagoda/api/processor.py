@@ -18,7 +18,7 @@ from pagoda.base.registry import nearest
 from pagoda.base.types import GenerateRequest, ModelFacts, SamplingParams, StructuredOutputsParams
 from pagoda.engine.admission import check_prompt_length
 from pagoda.structured.banned import banned_grammar
-from pagoda.structured.translate import translate
+from pagoda.structured.translate import both, translate
 from pagoda.text.tokenizer import Tokenizer
 
 __all__ = ["Processed", "Processor", "Prompt", "PromptDict", "is_slow", "sampling_defaults"]
@@ -73,7 +73,7 @@ class Processor:
         self._logprobs_mode = config.model.logprobs_mode
         self._breaker_ids = functools.lru_cache(maxsize=16)(self._find_breakers)
         self._vocab_size = facts.vocab_size
-        self._eos_token_ids = _eos_ids(eos_token_ids, generation_config)
+        self.eos_token_ids = _eos_ids(eos_token_ids, generation_config)
 
     def default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults with the model's own on top."""
@@ -95,16 +95,16 @@ class Processor:
         token_ids = self._truncate(token_ids, params)
         check_prompt_length(len(token_ids), self.max_model_len)
         self._check(params)
-        wanted = _structure(params)
+        wanted = params.structured_outputs
         request = GenerateRequest(
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=self._complete(params, len(token_ids)),
-            eos_token_ids=self._eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
             priority=priority,
             cache_salt=salt or cache_salt,
             arrival_time=arrival_time,
-            grammar=None if wanted is None else translate(wanted).grammar,
+            grammar=_grammar(params),
             grammar_starts_after=[] if wanted is None else wanted.starts_after,
             grammar_opens_with=None if wanted is None else wanted.opens_with,
         )
@@ -134,7 +134,7 @@ class Processor:
         return text, self._read(inner)[1], salt
 
     def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
-        """Keeps the end. -1 keeps what leaves room for `max_tokens`, or for one token where that is not set."""
+        """Keeps the end, or the beginning where `truncation_side` is right. -1 keeps what leaves room for `max_tokens`, or for one token where that is not set."""
         keep = params.truncate_prompt_tokens
         if keep is None:
             return token_ids
@@ -144,7 +144,7 @@ class Processor:
             )
         if keep == -1:
             keep = max(1, self.max_model_len - (params.max_tokens or 1))
-        return token_ids[-keep:]
+        return token_ids[-keep:] if params.truncation_side == "left" else token_ids[:keep]
 
     # ---- the parameters
 
@@ -156,9 +156,11 @@ class Processor:
             wanted = self._vocab_size if asked == -1 else asked
             if wanted is not None and wanted > limit:
                 raise InvalidRequest(f"`{name}` is {asked}, but at most {limit} are given (--max-logprobs)", param=name)
+        if params.thinking_token_budget is not None and params.thinking is None:
+            raise InvalidRequest("`thinking_token_budget` needs a chat with a model whose reasoning has marks (--reasoning-parser)", param="thinking_token_budget")
         if params.use_beam_search and 2 * params.n > limit:
             raise InvalidRequest(f"{params.n} beams need {2 * params.n} logprobs, but at most {limit} are given (--max-logprobs)", param="n")
-        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids"):
             for token_id in getattr(params, name) or ():
                 if not 0 <= token_id < self._vocab_size:
                     raise InvalidRequest(
@@ -209,13 +211,12 @@ def is_slow(params: SamplingParams | None) -> bool:
     return params is not None and (params.dry_multiplier > 0 or bool(params.banned_strings))
 
 
-def _structure(params: SamplingParams) -> StructuredOutputsParams | None:
-    """What the text must look like; banned strings are such a demand."""
-    if not params.banned_strings:
-        return params.structured_outputs
-    if params.structured_outputs is not None:
-        raise InvalidRequest("`banned_strings` and structured output exclude each other: write it into the grammar", param="banned_strings")
-    return StructuredOutputsParams(grammar=banned_grammar(params.banned_strings))
+def _grammar(params: SamplingParams) -> str | None:
+    """What the text must look like; banned strings are such a demand, beside a structure or alone."""
+    wanted = [] if params.structured_outputs is None else [params.structured_outputs]
+    if params.banned_strings:
+        wanted.append(StructuredOutputsParams(grammar=banned_grammar(params.banned_strings)))
+    return both([translate(each).grammar for each in wanted]) if wanted else None
 
 
 def _eos_ids(eos_token_ids: Sequence[int], generation_config: Mapping[str, Any]) -> list[int]:

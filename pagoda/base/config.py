@@ -124,6 +124,7 @@ class ServerConfig:
     request_timeout: float | None = field(None, "most seconds a request may take, and what it may take if it says no `timeout`", metavar="SECONDS")
     sse_keep_alive_interval: float = field(15.0, "seconds of silence after which a stream gets a comment; 0: never", metavar="SECONDS")
     stream_stall_timeout: float = field(60.0, "seconds a stream may wait for its reader before its request ends; 0: for ever", metavar="SECONDS")
+    stream_buffer_bytes: int = field(4 << 20, "about how much of a stream may wait for its reader before its request ends; 0: no bound", metavar="BYTES")
     strict_fields: bool = field(False, "answer 400 to fields nobody knows, instead of a warning header")
     trust_request_chat_template: bool = field(False, "let requests bring a `chat_template` of their own")
     default_chat_template_kwargs: str | None = field(None, "JSON with arguments of the chat template where a request gives none", metavar="JSON")

@@ -16,7 +16,11 @@ import msgspec
 
 from pagoda.base.types import SamplingParams, TokenLogprobs
 
-__all__ = ["BlobRef", "Executor", "Masks", "NewRequest", "Scheduled", "StepPlan", "StepResult", "StepRow"]
+__all__ = ["NOT_FINITE", "BlobRef", "Executor", "Masks", "NewRequest", "Scheduled", "StepPlan", "StepResult", "StepRow"]
+
+
+NOT_FINITE = "the model produced logits that are not finite for this request"
+"""`StepRow.error` of a row whose logits have a NaN or are all infinite."""
 
 
 class BlobRef(msgspec.Struct, frozen=True):

@@ -23,11 +23,13 @@ __all__ = [
     "Logprob",
     "LogprobsMode",
     "ModelFacts",
+    "RepetitionDetection",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
+    "Thinking",
     "TokenLogprobs",
 ]
 
@@ -36,6 +38,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
 MAX_BANNED_STRINGS = 256
 MAX_BREAKERS = 64
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_PATTERN = 1024  # tokens of a repeated pattern
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
 """What `logprobs` are: log-probabilities or logits, as the model made them or as they were drawn from."""
@@ -44,6 +48,7 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "proc
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # eos, a stop token id or a stop string
     LENGTH = "length"  # max_tokens or max_model_len
+    REPETITION = "repetition"  # `repetition_detection` found one
     ABORT = "abort"  # the client went away or asked for it
     ERROR = "error"  # this request failed; `error` says why
 
@@ -79,6 +84,40 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             )
 
 
+class RepetitionDetection(msgspec.Struct, kw_only=True):
+    """End a sample whose last tokens are `min_count` times the same pattern. Names are vLLM's. Raises InvalidRequest."""
+
+    max_pattern_size: int
+    min_pattern_size: int = 1
+    min_count: int
+
+    def __post_init__(self) -> None:
+        self.min_pattern_size = max(1, self.min_pattern_size)
+        where = "repetition_detection"
+        _check(1 <= self.max_pattern_size <= MAX_PATTERN, f"{where}.max_pattern_size", f"must be between 1 and {MAX_PATTERN}", self.max_pattern_size)
+        _check(self.min_pattern_size <= self.max_pattern_size, f"{where}.min_pattern_size", "must be at most max_pattern_size", self.min_pattern_size)
+        _check(self.min_count >= 2, f"{where}.min_count", "must be at least 2", self.min_count)
+
+    def finds(self, token_ids: list[int], begin: int) -> bool:
+        """Whether `token_ids` end in such a repetition that lies behind `begin`."""
+        last = len(token_ids)
+        for size in range(self.min_pattern_size, self.max_pattern_size + 1):
+            length = size * self.min_count
+            if length > last - begin:
+                return False
+            if token_ids[-1] == token_ids[-1 - size] and token_ids[last - length + size :] == token_ids[last - length : last - size]:
+                return True
+        return False
+
+
+class Thinking(msgspec.Struct, frozen=True):
+    """The tokens that reasoning stands between; `is_open`: the prompt ends with its start."""
+
+    start: list[int]
+    end: list[int]
+    is_open: bool
+
+
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How to choose tokens and when to stop. Names and defaults are vLLM's.
 
@@ -103,11 +142,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     max_tokens: int | None = 16  # None: up to the end of the context
     min_tokens: int = 0
     logprobs: int | None = None  # -1: the whole vocabulary
+    logprob_token_ids: list[int] | None = None  # with `logprobs`: of these tokens instead of the most likely
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None  # keep the last that many; -1: as many as fit the context
+    truncation_side: Literal["left", "right"] = "left"  # which end of the prompt is cut off
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
@@ -132,6 +173,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     use_beam_search: bool = False  # `n` beams; the front runs them
     length_penalty: float = 1.0  # of beam search: a beam's score is its log-probability / length ** penalty
     logprobs_mode: LogprobsMode | None = None  # None: the engine's
+    repetition_detection: RepetitionDetection | None = None
+    thinking_token_budget: int | None = None  # tokens of reasoning, then its end is forced; None or -1: no limit
+    thinking: Thinking | None = None  # filled by the front where there is a budget
     timeout: float | None = None  # seconds from arrival, kept by AsyncEngine: then the answer ends as it is
     extra_args: dict[str, Any] | None = None  # for logits processors of plug-ins
 
@@ -187,6 +231,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if self.logit_bias:
             _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"must have at most {MAX_LOGIT_BIAS} entries", len(self.logit_bias))
             self.logit_bias = {int(k): min(100.0, max(-100.0, float(v))) for k, v in self.logit_bias.items()}
+        wanted = self.logprob_token_ids
+        _check(wanted is None or 1 <= len(wanted) <= MAX_LOGPROB_TOKEN_IDS, "logprob_token_ids", f"must have 1 to {MAX_LOGPROB_TOKEN_IDS} entries", len(wanted or ()))
+        _check(wanted is None or self.logprobs is not None, "logprob_token_ids", "needs `logprobs`", wanted)
         for name, limit in (("banned_strings", MAX_BANNED_STRINGS), ("dry_sequence_breakers", MAX_BREAKERS)):
             texts = getattr(self, name) or ()
             _check(len(texts) <= limit, name, f"must have at most {limit} entries", len(texts))
@@ -209,6 +256,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         _check(self.mirostat_mode in (0, 2), "mirostat_mode", "must be 0 (off) or 2", self.mirostat_mode)
         _check(0.0 <= self.mirostat_tau <= 100.0, "mirostat_tau", "must be between 0 and 100", self.mirostat_tau)
         _check(0.0 <= self.mirostat_eta <= 1.0, "mirostat_eta", "must be between 0 and 1", self.mirostat_eta)
+        if self.thinking_token_budget == -1:
+            self.thinking_token_budget = None
+        budget = self.thinking_token_budget
+        _check(budget is None or budget >= 0, "thinking_token_budget", "must be -1 (no limit), or not negative", budget)
         _check(self.timeout is None or self.timeout > 0, "timeout", "must be above 0", self.timeout)
         _check(abs(self.length_penalty) <= 100.0, "length_penalty", "must be between -100 and 100", self.length_penalty)
 
@@ -225,7 +276,7 @@ def _check(ok: bool, param: str, rule: str, value: object) -> None:
 _NOT_PLAIN = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "logprobs", "prompt_logprobs", "logit_bias",
     "allowed_token_ids", "bad_words_token_ids", "typical_p", "top_n_sigma", "dynatemp_range", "xtc_probability", "dry_multiplier",
-    "mirostat_mode",
+    "mirostat_mode", "thinking_token_budget",
 )  # fmt: skip
 _PLAIN_VALUES = tuple((name, getattr(SamplingParams(), name)) for name in _NOT_PLAIN)
 
@@ -251,6 +302,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     token_ids: list[int]
     logprobs: list[float]
     rank: int  # of the chosen token, 1 is the most likely
+    is_ranked: bool = True  # False: behind the chosen token stand those of `logprob_token_ids`
 
 
 class RequestMetrics(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -18,7 +18,7 @@ from pagoda.base.clock import Clock, monotonic
 from pagoda.base.config import EngineConfig
 from pagoda.base.errors import InvalidRequest, QueueFull, RequestError
 from pagoda.base.log import get_logger
-from pagoda.base.plan import Executor, StepRow
+from pagoda.base.plan import NOT_FINITE, Executor, StepRow
 from pagoda.base.types import EngineOutput, FinishReason, GenerateRequest, ModelFacts
 from pagoda.engine.admission import Admission
 from pagoda.engine.grammars import Compiler, Grammars, jump_forward
@@ -133,12 +133,8 @@ class EngineCore:
         except RequestError as error:
             self._outputs.extend(
                 EngineOutput(
-                    request_id=request.request_id,
-                    index=index,
-                    finish_reason=FinishReason.ERROR,
-                    error=error.message,
-                    error_type=type(error).__name__,
-                    error_param=error.param,
+                    request_id=request.request_id, index=index, finish_reason=FinishReason.ERROR,
+                    error=error.message, error_type=type(error).__name__, error_param=error.param,
                 )
                 for index in range(request.params.n)
             )
@@ -255,6 +251,7 @@ class EngineCore:
         req = row.req
         assert answer.slot == row.slot, f"the row of slot {row.slot} came back as slot {answer.slot}"
         if answer.error is not None:
+            self._recorder.stats.corrupted_requests += answer.error == NOT_FINITE
             return self._end(req, FinishReason.ERROR, answer.error)
         self._scheduler.advance(row)
         if req.wants_prompt_logprobs:
@@ -277,13 +274,11 @@ class EngineCore:
             new_token_ids = [*new_token_ids, *forced]
         self._recorder.on_tokens(req, len(new_token_ids), now)
         output = EngineOutput(
-            request_id=req.request_id,
-            index=req.index,
-            new_token_ids=new_token_ids,
+            request_id=req.request_id, index=req.index, new_token_ids=new_token_ids,
             logprobs=None if answer.logprobs is None else answer.logprobs[: len(new_token_ids)],
             prompt_logprobs=req.take_prompt_logprobs() if req.wants_prompt_logprobs else None,
             num_cached_tokens=req.num_tokens_cached,
-        )
+        )  # fmt: skip
         if stop is not None:
             output.finish_reason, output.stop_reason = stop
             output.metrics = req.metrics
@@ -335,6 +330,11 @@ class EngineCore:
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. False, and nothing changed, while any request runs."""
         return self._kv.pool.reset()
+
+    def warm_up_grammars(self, eos_token_ids: list[int]) -> None:
+        """Reads the vocabulary for grammars in a thread, so that the first request with one keeps nobody waiting."""
+        if self._grammars is not None:
+            self._grammars.warm_up(eos_token_ids)
 
     def close(self) -> None:
         """Ends the threads that compile grammars."""

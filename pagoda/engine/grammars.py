@@ -28,6 +28,7 @@ __all__ = ["COMPILE_SECONDS", "Compiled", "Compiler", "Grammars", "jump_forward"
 COMPILE_SECONDS = 10.0
 _COMPILE_THREADS = 2
 _MAX_CACHED = 128
+_ANY_JSON = '{"grammars": [{"json_schema": {"type": "object"}}]}'
 
 
 class Compiler(Protocol):
@@ -66,19 +67,27 @@ class Grammars:
         """Samples in WAITING_GRAMMAR."""
         return [sample for item in self._waiting for sample in item.samples if sample.state is RequestState.WAITING_GRAMMAR]
 
+    def warm_up(self, eos_token_ids: Sequence[int]) -> None:
+        """Compiles what any JSON needs. A failure will be told to the first request that asks for a grammar."""
+        self._compile(_ANY_JSON, tuple(eos_token_ids))
+
     def start(self, request: GenerateRequest, samples: list[Request]) -> None:
         """NEW -> WAITING_GRAMMAR for the samples of a request that has a grammar."""
         assert request.grammar is not None
-        key = (request.grammar, tuple(request.eos_token_ids))
+        future = self._compile(request.grammar, tuple(request.eos_token_ids))
+        for sample in samples:
+            sample.state = RequestState.WAITING_GRAMMAR
+        self._waiting.append(_Waiting(samples, future, self._clock() + self._seconds, request.grammar_starts_after, request.grammar_opens_with))
+
+    def _compile(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[GuideMatcher]:
+        key = (grammar, eos_token_ids)
         future = self._cache.get(key)
         if future is None:
             future = self._cache[key] = self._compile_pool.submit(self._compiler.compile, *key)
             while len(self._cache) > _MAX_CACHED:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
-        for sample in samples:
-            sample.state = RequestState.WAITING_GRAMMAR
-        self._waiting.append(_Waiting(samples, future, self._clock() + self._seconds, request.grammar_starts_after, request.grammar_opens_with))
+        return future
 
     def poll(self, seconds: float) -> list[Compiled]:
         """Requests whose grammar is there, or has failed; waits up to `seconds` for the first."""
@@ -133,7 +142,7 @@ def _fill(rows: list[tuple[int, Guide]]) -> Masks:
     return Masks(slots=[slot for slot, _ in rows], words=b"".join([guide.mask() for _, guide in rows]))
 
 
-def jump_forward(req: Request, guide: Guide) -> tuple[list[int], tuple[FinishReason, int | None] | None]:
+def jump_forward(req: Request, guide: Guide) -> tuple[list[int], tuple[FinishReason, int | str | None] | None]:
     """Appends the tokens that the grammar forces: the next forward computes them with the one that was sampled.
 
     Each would have been the only one its mask allows, so the sample is the same as without. Returns them, and what stopped it.

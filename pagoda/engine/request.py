@@ -119,6 +119,7 @@ class Request:
 
     __slots__ = (
         "_end_ids",
+        "_repetition",
         "awaited_hash",
         "block_hashes",
         "block_tables",
@@ -181,6 +182,7 @@ class Request:
         self.guide: Guide | None = None
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self._end_ids = self.eos_token_ids | self.stop_token_ids
+        self._repetition = params.repetition_detection
         self.state = RequestState.NEW
         self.num_tokens_computed = 0
         self.num_tokens_planned = 0
@@ -231,10 +233,10 @@ class Request:
             hashes.append(chain_hash(parent, self.token_ids[begin : begin + block_size]))
         return hashes[index]
 
-    def check_stop(self, token_id: int) -> tuple[FinishReason, int | None] | None:
-        """Whether the token just appended ends the sample: eos, then stop token ids, then length. Returns (reason, stop_reason)."""
+    def check_stop(self, token_id: int) -> tuple[FinishReason, int | str | None] | None:
+        """Whether the token just appended ends the sample: eos, stop token ids, length, repetition. Returns (reason, stop_reason)."""
         count = len(self.token_ids)
-        if count < self.max_tokens_total and token_id not in self._end_ids and self.guide is None:
+        if count < self.max_tokens_total and token_id not in self._end_ids and self.guide is None and self._repetition is None:
             return None  # nearly always
         num_output = count - self.num_prompt_tokens
         if self.guide is not None and self.guide.is_on and token_id in self.grammar_end_ids:
@@ -246,6 +248,8 @@ class Request:
                 return FinishReason.STOP, token_id
         if count >= self.max_tokens_total:
             return FinishReason.LENGTH, None
+        if self._repetition is not None and self._repetition.finds(self.token_ids, self.num_prompt_tokens):
+            return FinishReason.REPETITION, "repetition_detected"
         return None
 
     def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:

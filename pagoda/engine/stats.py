@@ -57,6 +57,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
+    corrupted_requests: int = 0  # samples whose logits were not finite
     request_success: dict[str, int] = {}  # samples by finish reason
     admission_rejections: dict[str, int] = {}  # by error class
     histograms: dict[str, Histogram] = {}

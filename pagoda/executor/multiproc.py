@@ -50,7 +50,7 @@ __all__ = ["CALLS", "CoreLoop", "main"]
 
 logger = get_logger("executor")
 
-CALLS = frozenset({"stats", "reset_prefix_cache", "check_integrity"})
+CALLS = frozenset({"stats", "reset_prefix_cache", "check_integrity", "warm_up_grammars"})
 """Methods of the core that may be called from outside."""
 
 _IDLE_MS = 1000  # after so much idleness the core's books are checked, once

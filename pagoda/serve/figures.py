@@ -27,7 +27,7 @@ class FrontFigures(msgspec.Struct):
 
     server_load: int = 0  # requests being answered now
     stalled_streams: int = 0  # ended because nobody read them
-    tool_calls: dict[tuple[str, str], int] = {}  # answers searched for tool calls, by tool_choice and what was found
+    tool_calls: dict[tuple[str, str], int] = {}  # answers searched for tool calls, by parser and result (calls, none)
     http_requests: dict[tuple[str, str, str], int] = {}  # by route, method, class of status
     http_seconds: dict[tuple[str, str], Histogram] = {}  # by route and method
 

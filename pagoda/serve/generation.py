@@ -104,6 +104,9 @@ class GenerateEndpoint:
                     await self._answer(call, engine, send, answer_headers)
         finally:
             state.metrics.own.server_load -= 1
+            for result, count in getattr(call.renderer, "tool_results", {}).items():
+                key = (context.tool_format or "none", result)
+                state.metrics.own.tool_calls[key] = state.metrics.own.tool_calls.get(key, 0) + count
 
     async def _answer(self, call: Call, engine: ServingEngine, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         finals: dict[int, RequestOutput] = {}

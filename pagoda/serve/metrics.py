@@ -37,6 +37,7 @@ _COUNTERS = {
     "prompt_tokens": "prompt tokens of requests that began to answer",
     "prompt_tokens_cached": "of these, tokens found in the prefix cache",
     "generation_tokens": "tokens generated",
+    "corrupted_requests": "samples whose logits were not finite",
 }
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "from a request's arrival to its first token",
@@ -127,6 +128,10 @@ class ServerMetrics:
             if name in core.histograms:
                 yield self._histogram(name, text, core.histograms[name])
         front = self.front_figures()
+        calls = CounterMetricFamily(_PREFIX + "tool_call_parser_invocations", "answers searched for tool calls", labels=["model_name", "engine", "parser", "result"])
+        for (parser, result), count in sorted(front.tool_calls.items()):
+            calls.add_metric([self._model_name, _ENGINE, parser, result], float(count))
+        yield calls
         yield from self._own(front)
         yield from families(front)
 

@@ -14,13 +14,15 @@ import msgspec
 
 from pagoda import __version__
 from pagoda.base.errors import InvalidRequest
-from pagoda.base.types import CompletionOutput, RequestMetrics, RequestOutput
+from pagoda.base.types import CompletionOutput, RequestMetrics, RequestOutput, Thinking
 from pagoda.serve.context import ModelContext
 from pagoda.serve.generation import Call
 from pagoda.serve.logprobs import ChatLogprobs, PromptLogprob, TokenNamer, chat_logprobs, prompt_logprobs
+from pagoda.serve.reasoning import ReasoningCount, marks_of
 from pagoda.serve.sse import DONE, event
 from pagoda.serve.tools import FunctionCall, ToolCall, ToolCallDelta, ToolPlan, call_id, guided, plan_tools
 from pagoda.serve.wire import (
+    CompletionTokensDetails,
     GenerationFields,
     Int,
     PromptTokensDetails,
@@ -214,6 +216,8 @@ def parse(raw: bytes, given_id: str | None, context: ModelContext) -> Call:
     if wanted is not None:
         wanted = guided(wanted, plan, text, context)
     changes: dict[str, Any] = {"logprobs": logprobs, "structured_outputs": wanted, **({} if max_tokens is None else {"max_tokens": max_tokens})}
+    if body.thinking_token_budget is not None:
+        changes["thinking"] = _thinking(plan, text, context)
     if _sees_special(plan, context):
         changes["skip_special_tokens"] = False
     params = sampling_params(body, {"max_tokens": None, **context.default_params}, **changes)
@@ -230,6 +234,12 @@ def parse(raw: bytes, given_id: str | None, context: ModelContext) -> Call:
     )
 
 
+def _thinking(plan: ToolPlan, prompt: str, context: ModelContext) -> Thinking | None:
+    reasoning = plan.format.reasoning
+    marks = marks_of(reasoning, context.tokenizer)
+    return None if reasoning is None or marks is None else Thinking(*marks, reasoning.is_open(prompt))
+
+
 def _sees_special(plan: ToolPlan, context: ModelContext) -> bool:
     """Whether the markers that the parsers look for are special tokens of this model, which are skipped otherwise."""
     tokenizer = context.tokenizer
@@ -243,6 +253,8 @@ def _check_features(body: ChatCompletionRequest) -> None:
 
 def _num_logprobs(body: ChatCompletionRequest, context: ModelContext) -> int | None:
     top = body.top_logprobs
+    if top and body.logprob_token_ids is not None:
+        raise InvalidRequest("`top_logprobs` and `logprob_token_ids` exclude each other", param="logprob_token_ids")
     if top is not None:
         if not body.logprobs:
             if top == 0:
@@ -260,7 +272,7 @@ class ChatRenderer:
         self._id, self._created, self._model = response_id, int(time.time()), context.model_names[0]
         self._role = context.response_role
         self._num_samples = body.n or 1
-        self._has_logprobs, self._num_top = bool(body.logprobs), body.top_logprobs or 0
+        self._has_logprobs, self._num_top = bool(body.logprobs), -1 if body.logprob_token_ids else body.top_logprobs or 0
         self._has_token_ids = bool(body.return_token_ids)
         self._namer = TokenNamer(context.tokenizer, given_or(body.return_tokens_as_token_ids, context.names_tokens_by_id))
         self._echo = _echoed(body, context.response_role)
@@ -271,10 +283,14 @@ class ChatRenderer:
         self._num_cached = 0
         self._num_generated = 0
         self._parsers = [plan.format.parser(prompt, plan.schemas) for _ in range(self._num_samples)]
+        self._looks_for_calls = plan.format.tools is not None or bool(plan.schemas)
         self._has_reasoning = body.include_reasoning is not False
         self._tool_format = context.tool_format
         self._tells_timings = context.tells_timings
         self._measured: list[RequestMetrics] = []
+        thinks = plan.format.reasoning is not None or plan.format.is_harmony
+        self._counts = [ReasoningCount(plan.format, prompt, context.tokenizer) for _ in self._parsers] if thinks else []
+        self.tool_results: dict[str, int] = {}
 
     def whole(self, outputs: list[RequestOutput]) -> bytes:
         output = outputs[0]
@@ -346,7 +362,14 @@ class ChatRenderer:
             completion_tokens=self._num_generated,
             total_tokens=num_prompt + self._num_generated,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached),
+            completion_tokens_details=self._details(),
         )
+
+    def _details(self) -> CompletionTokensDetails | msgspec.UnsetType:
+        """Only of models that reason."""
+        if not self._counts:
+            return msgspec.UNSET
+        return CompletionTokensDetails(reasoning_tokens=sum(each.count for each in self._counts))
 
     def _choice(self, sample: CompletionOutput) -> ChatChoice:
         delta = self._delta(sample) or Delta()
@@ -392,6 +415,12 @@ class ChatRenderer:
                 call.function.arguments = (call.function.arguments or "") + part.text
         if calls:
             delta.tool_calls = list(calls.values())
+        if self._counts:
+            said = "".join(part.text for part in parts if part.kind == "reasoning")
+            self._counts[sample.index].feed(sample.token_ids, said, is_end=sample.finish_reason is not None)
+        if sample.finish_reason is not None and self._looks_for_calls:
+            result = "calls" if parser.num_calls else "none"
+            self.tool_results[result] = self.tool_results.get(result, 0) + 1
         return None if is_empty else delta
 
     def _logprobs(self, sample: CompletionOutput) -> ChatLogprobs | None:

@@ -184,7 +184,7 @@ class CompletionRenderer:
         self._id, self._created, self._model = response_id, int(time.time()), context.model_names[0]
         self._prompts = prompts
         self._num_samples = body.n or 1
-        self._num_top = body.logprobs
+        self._num_top = -1 if body.logprob_token_ids and body.logprobs is not None else body.logprobs
         self._is_echo, self._is_scoring = bool(body.echo), body.max_tokens == 0
         self._has_prompt_logprobs = body.prompt_logprobs is not None
         self._has_token_ids = bool(body.return_token_ids)

@@ -51,6 +51,7 @@ __all__ = ["Server", "announcement", "cut_connection", "imported", "model_contex
 logger = get_logger("serve")
 
 _LAST_SECONDS = 5.0  # between aborting what runs and giving up on clients that do not take their end
+_QUIET_SECONDS = 1.0
 _KEEP_ALIVE_SECONDS = 60  # longer than what clients' pools wait before they reuse a connection
 
 
@@ -153,16 +154,26 @@ class Server:
         context = model_context(front, info, self._server)
         generation_config, eos_ids = front.generation_config, front.eos_token_ids
         processor = Processor(info.config, info.facts, front.tokenizer, generation_config=generation_config, eos_token_ids=eos_ids)
-        self._engine = AsyncEngine(client, processor)
+        self._engine = AsyncEngine(client, processor, max_pending_nbytes=self._server.stream_buffer_bytes or None)
         self._state.ready(context, self._engine)
         if self._state.recorder is not None:
             self._state.recorder.begin(changed_fields(replace(self._config, model=replace(self._config.model, hf_token=None))))
         self._announce(announcement(context, info, self._server, listener, self._paths()))
+        self._spawn(self._warm_up(self._engine))
         if self._is_only and not self._server.disable_log_stats:
             self._spawn(self._log_stats())
 
     def _paths(self) -> list[str]:
         return [f"{'/'.join(row.doc.methods)} {row.doc.path}" for row in routes(self._state)]
+
+    async def _warm_up(self, engine: AsyncEngine) -> None:
+        """In the first quiet second: reading a vocabulary for grammars holds up everybody for a tenth of a second."""
+        idle = 0
+        while idle < 2:
+            await asyncio.sleep(_QUIET_SECONDS / 2)
+            idle = 0 if self._state.active else idle + 1
+        with contextlib.suppress(PagodaError):  # a request that needs a grammar will be told
+            await engine.warm_up_grammars()
 
     async def _log_stats(self) -> None:
         log = StatsLog(self._state.metrics)

@@ -15,12 +15,19 @@ import msgspec
 from msgspec import Meta
 
 from pagoda.base.errors import InvalidRequest
-from pagoda.base.types import RequestMetrics, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from pagoda.base.types import (
+    RepetitionDetection,
+    RequestMetrics,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from pagoda.serve.errors import from_msgspec
 from pagoda.structured.closed import closed
 from pagoda.structured.translate import translate
 
 __all__ = [
+    "CompletionTokensDetails",
     "GenerationFields",
     "Int",
     "PromptTokensDetails",
@@ -82,6 +89,14 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
     format: dict[str, Any] | None = None
 
 
+class Repetition(msgspec.Struct, kw_only=True):
+    """vLLM's: end a sample that says the same again and again."""
+
+    max_pattern_size: Int
+    min_pattern_size: Int = 1
+    min_count: Int
+
+
 class GenerationFields(msgspec.Struct, kw_only=True):
     """Fields of chat and completions alike: OpenAI's, then vLLM's."""
 
@@ -130,6 +145,10 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     timeout: float | None = None
     vllm_xargs: dict[str, Any] | None = None
     truncate_prompt_tokens: Int | None = None
+    truncation_side: typing.Literal["left", "right"] | None = None
+    logprob_token_ids: list[Int] | None = None
+    thinking_token_budget: Int | None = None
+    repetition_detection: Repetition | None = None
     prompt_logprobs: Int | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
@@ -173,11 +192,16 @@ class PromptTokensDetails(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct, kw_only=True):
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 UNSUPPORTED = {
@@ -193,9 +217,6 @@ UNSUPPORTED = {
     "media_io_kwargs": "multimodal input",
     "kv_transfer_params": "KV transfer",
     "ec_transfer_params": "encoder transfer",
-    "thinking_token_budget": "a thinking budget",
-    "repetition_detection": "repetition detection",
-    "logprob_token_ids": "logprobs of chosen tokens",
     "audio": "audio output",
     "web_search_options": "web search",
     "functions": "the old `functions` interface",
@@ -332,6 +353,9 @@ _COPIED = [
     "use_beam_search",
     "length_penalty",
     "timeout",
+    "logprob_token_ids",
+    "thinking_token_budget",
+    "truncation_side",
 ]
 
 
@@ -343,6 +367,10 @@ def sampling_params(body: GenerationFields, defaults: dict[str, Any], **more: An
             values[name] = value
     if body.logit_bias:
         values["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
+    if (found := body.repetition_detection) is not None:
+        values["repetition_detection"] = RepetitionDetection(
+            max_pattern_size=found.max_pattern_size, min_pattern_size=found.min_pattern_size, min_count=found.min_count
+        )
     if body.vllm_xargs:
         values["extra_args"] = body.vllm_xargs
     values["output_kind"] = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY

@@ -5,6 +5,7 @@ The vocabulary is read at the first structured request, not before: a server tha
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,10 +13,11 @@ from typing import Any, Protocol
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.log import get_logger
 
-__all__ = ["GrammarCompiler", "Matcher", "Vocabulary"]
+__all__ = ["AllOf", "GrammarCompiler", "Matcher", "Vocabulary"]
 
 logger = get_logger("structured")
 
+_SEVERAL = '{"all"'
 _LIMITS: dict[str, Any] = {  # per grammar: a hostile one ends in an error within milliseconds, see llguidance's LLParserLimits
     "step_lexer_fuel": 500_000,
     "step_max_items": 50_000,
@@ -39,7 +41,7 @@ class Matcher:
     """One sequence inside a grammar. Not thread-safe; `mask` and `accept` must not overlap."""
 
     def __init__(self, inner: Any, num_mask_bytes: int) -> None:
-        self._inner, self._num_mask_bytes = inner, num_mask_bytes
+        self._inner, self.num_mask_bytes = inner, num_mask_bytes
 
     def mask(self) -> bytes:
         """Bit v of the little-endian words allows token v: (ceil(vocab / 32)) uint32. End tokens only where the grammar may end.
@@ -52,7 +54,7 @@ class Matcher:
         except Exception as error:
             logger.error("a grammar's mask failed: %s", error)
             bits = b""
-        return bits[: self._num_mask_bytes].ljust(self._num_mask_bytes, b"\0")
+        return bits[: self.num_mask_bytes].ljust(self.num_mask_bytes, b"\0")
 
     def accept(self, token_id: int) -> str | None:
         """Moves on by one token. The error where the grammar does not allow it, or has become too complex."""
@@ -66,7 +68,33 @@ class Matcher:
 
     def copy(self) -> Matcher:
         """The same place in the same grammar, to go on independently."""
-        return Matcher(self._inner.deep_copy(), self._num_mask_bytes)
+        return Matcher(self._inner.deep_copy(), self.num_mask_bytes)
+
+
+class AllOf:
+    """Several grammars that one sequence must fit at once. Where they leave no token the first one decides, and the others are over."""
+
+    def __init__(self, parts: list[Matcher]) -> None:
+        self._parts = parts
+
+    def mask(self) -> bytes:
+        first, *others = (int.from_bytes(part.mask(), "little") for part in self._parts)
+        joint = first
+        for other in others:
+            joint &= other
+        return (joint or first).to_bytes(self._parts[0].num_mask_bytes, "little")
+
+    def accept(self, token_id: int) -> str | None:
+        first, *others = self._parts
+        self._parts = [first, *(part for part in others if part.accept(token_id) is None)]
+        return first.accept(token_id)
+
+    def forced(self) -> list[int]:
+        """None: what one grammar forces another may forbid."""
+        return []
+
+    def copy(self) -> AllOf:
+        return AllOf([part.copy() for part in self._parts])
 
 
 class GrammarCompiler:
@@ -77,8 +105,14 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizers: dict[tuple[int, ...], Any] = {}
 
-    def compile(self, grammar: str, eos_token_ids: Sequence[int]) -> Matcher:
-        """Raises InvalidRequest where the grammar is wrong or too large, or the model has no end token."""
+    def compile(self, grammar: str, eos_token_ids: Sequence[int]) -> Matcher | AllOf:
+        """`grammar` is one text, or several that `translate.both` joined. Raises InvalidRequest where the grammar is wrong or too large, or the model has no end token."""
+        parts = json.loads(grammar).get("all") if grammar.startswith(_SEVERAL) else None
+        if parts is not None:
+            return AllOf([self._compile_one(part, eos_token_ids) for part in parts])
+        return self._compile_one(grammar, eos_token_ids)
+
+    def _compile_one(self, grammar: str, eos_token_ids: Sequence[int]) -> Matcher:
         from llguidance import LLMatcher, LLParserLimits  # 40 ms, at the first request that wants it
 
         inner = LLMatcher(self._tokenizer(tuple(eos_token_ids)), grammar, log_level=0, limits=LLParserLimits(**_LIMITS))

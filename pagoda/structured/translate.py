@@ -17,7 +17,7 @@ from pagoda.base.types import StructuredOutputsParams
 from pagoda.structured.json_schema import Normalizer, check_size
 from pagoda.structured.tags import tags_to_lark
 
-__all__ = ["Translated", "translate"]
+__all__ = ["Translated", "both", "translate"]
 
 MAX_TEXT = 1 << 20  # characters of a schema or grammar
 MAX_CHOICES = 10_000
@@ -52,6 +52,11 @@ def _translate(encoded: bytes) -> Translated:
         return _checked(_choices(params.choice))
     assert params.grammar is not None
     return _checked(_lark(params.grammar))
+
+
+def both(grammars: list[str]) -> str:
+    """One text that means all of these grammars at once; the first is the one that wins where they contradict each other."""
+    return grammars[0] if len(grammars) == 1 else json.dumps({"all": grammars})
 
 
 def _schema(given: str | dict[str, Any] | bool) -> Any:

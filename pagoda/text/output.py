@@ -96,6 +96,6 @@ def decode_logprobs(tokenizer: Tokenizer, positions: Sequence[TokenLogprobs]) ->
         table = {ids[0]: Logprob(values[0], position.rank, tokenizer.token_str(ids[0]))}
         for rank, (token_id, value) in enumerate(zip(ids[1:], values[1:]), start=1):
             if token_id not in table:
-                table[token_id] = Logprob(value, rank, tokenizer.token_str(token_id))
+                table[token_id] = Logprob(value, rank if position.is_ranked else None, tokenizer.token_str(token_id))
         decoded.append(table)
     return decoded

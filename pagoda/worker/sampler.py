@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagoda.base.log import get_logger
-from pagoda.base.plan import Masks, StepRow
+from pagoda.base.plan import NOT_FINITE, Masks, StepRow
 from pagoda.base.types import SamplingParams, TokenLogprobs
 from pagoda.kernels import ops
 from pagoda.worker.batch import StepRows
@@ -33,8 +33,6 @@ from pagoda.worker.table import RequestTable, SlotInfo
 __all__ = ["Sampler", "top_logprobs"]
 
 _log = get_logger("worker")
-
-NOT_FINITE = "the model produced logits that are not finite for this request"
 
 
 class Sampler:
@@ -89,8 +87,8 @@ class Sampler:
         for i, logits_V in raw.logits_V.items():
             result = results[chosen_S[i]]
             if result.error is None:
-                count = table.info(int(slots[i])).params.logprobs or 0
-                result.logprobs = [top_logprobs(logits_V, result.token_ids[0], count, raw.normalizer[i])]
+                params = table.info(int(slots[i])).params
+                result.logprobs = [top_logprobs(logits_V, result.token_ids[0], params.logprobs or 0, raw.normalizer[i], params.logprob_token_ids)]
         for i, (logits_V, info, context) in raw.drawn_from.items():
             if results[chosen_S[i]].error is None:
                 self._mirostat.observe(logits_V, context, info.request_id, int(ids[i]))
@@ -216,12 +214,16 @@ def apply_mask(logits_V: np.ndarray, masks: Masks, index: int) -> None:
     logits_V += np.take(_OF_BYTE_8, mask, axis=0).reshape(-1)[:size]
 
 
-def top_logprobs(logits_V: np.ndarray, token: int, count: int, normalizer: float) -> TokenLogprobs:
-    """The token's log-probability and rank, and the `count` largest (-1: all), by (value, id)."""
+def top_logprobs(
+    logits_V: np.ndarray, token: int, count: int, normalizer: float, instead: Sequence[int] | None = None
+) -> TokenLogprobs:
+    """The token's log-probability and rank, and the `count` largest (-1: all), by (value, id); or those of the tokens `instead`."""
     value = logits_V[token]
     rank = int(np.count_nonzero(logits_V > value)) + 1
     ids = [token]
-    if count == -1 or count >= len(logits_V):
+    if instead is not None:
+        ids += instead
+    elif count == -1 or count >= len(logits_V):
         ids += np.argsort(-logits_V, kind="stable").tolist()
     elif count > 0:
         threshold = np.partition(logits_V, len(logits_V) - count)[len(logits_V) - count]
@@ -229,4 +231,4 @@ def top_logprobs(logits_V: np.ndarray, token: int, count: int, normalizer: float
         order = np.argsort(-logits_V[candidates], kind="stable")
         ids += candidates[order[:count]].tolist()
     values = (logits_V[ids].astype(np.float64) - normalizer).tolist()
-    return TokenLogprobs(ids, values, rank)
+    return TokenLogprobs(ids, values, rank, instead is None)

@@ -22,12 +22,13 @@ DELTA, CUMULATIVE, FINAL = RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE
 
 
 @asynccontextmanager
-async def running(**kwargs: Any) -> AsyncIterator[tuple[AsyncEngine, FakeEngine]]:
+async def running(max_pending_nbytes: int | None = None, **kwargs: Any) -> AsyncIterator[tuple[AsyncEngine, FakeEngine]]:
     fake = FakeEngine(**kwargs)
     engine = AsyncEngine(
         ThreadClient(fake.core),
         Processor(fake.config, fake.facts, fake.front.tokenizer, eos_token_ids=[EOS]),
         on_shutdown=fake.close,
+        max_pending_nbytes=max_pending_nbytes,
     )
     try:
         yield engine, fake
@@ -261,4 +262,24 @@ async def test_beams_have_a_deadline_too() -> None:
         beams = await collect(engine, "x" * 20, params(FINAL, use_beam_search=True, n=2, timeout=0.3, ignore_eos=True, max_tokens=100), "b")
         assert [sample.finish_reason for sample in beams[-1].outputs] == ["length", "length"]
         assert 0 < len(beams[-1].outputs[0].token_ids) < 100
+        await idle(engine, fake)
+
+
+async def test_a_slow_reader_is_given_up_alone() -> None:
+    """What waits for it is bounded; who reads, or wants the end only, has the same answer as ever."""
+    async with running(max_pending_nbytes=500) as (engine, fake):
+        prompt = "x" * 60
+        async with aclosing(engine.generate(prompt, params(), "slow")) as slow:
+            seen = [await anext(slow)]
+            others = await asyncio.gather(collect(engine, prompt, params(), "quick"), collect(engine, prompt, params(FINAL), "patient"))
+            assert ["".join(output.outputs[0].text for output in outputs) for outputs in others] == ["X" * 60 + " 1"] * 2
+            with pytest.raises(RequestFailed, match="too slow"):
+                seen += [output async for output in slow]
+            assert not seen[-1].finished
+        await idle(engine, fake)
+
+
+async def test_warming_up_needs_nothing_of_a_request() -> None:
+    async with running() as (engine, fake):
+        await engine.warm_up_grammars()
         await idle(engine, fake)

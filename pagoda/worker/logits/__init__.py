@@ -7,6 +7,7 @@
     5 penalties           repetition, then frequency and presence
     6 DRY                 what would make a repetition longer becomes less likely
     7 plug-ins            `--logits-processors`
+      thinking budget     when it is used up only the end of the reasoning is left
 
 then the grammar's mask (`banned_strings` is one too), then, for rows that are drawn:
 

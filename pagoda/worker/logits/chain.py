@@ -13,12 +13,14 @@ from pagoda.worker.logits.mirostat import Mirostat
 from pagoda.worker.logits.penalties import Penalties
 from pagoda.worker.logits.shape import DynamicTemperature, TopNSigma, TypicalP
 from pagoda.worker.logits.step import LogitsStep
+from pagoda.worker.logits.thinking import ThinkingBudget
 from pagoda.worker.logits.truncate import Truncate
 from pagoda.worker.logits.xtc import Xtc
 
 __all__ = ["SHAPERS", "STEPS", "Chain", "chain_of"]
 
 STEPS: tuple[LogitsStep, ...] = (AllowedTokens(), BadWords(), MinTokens(), LogitBias(), Penalties(), Dry())
+_LAST: tuple[LogitsStep, ...] = (ThinkingBudget(),)  # where it has its say nothing else counts
 """Before the grammar's mask."""
 
 SHAPERS: tuple[LogitsStep, ...] = (TopNSigma(), DynamicTemperature(), TypicalP(), Truncate(), Xtc())
@@ -42,7 +44,7 @@ class Chain:
 
 
 def chain_of(params: SamplingParams, processors: Sequence[LogitsStep] = ()) -> Chain:
-    """`processors` are plug-ins: they come after our own steps, before the grammar's mask."""
+    """`processors` are plug-ins: they come after our own steps but the thinking budget, before the grammar's mask."""
     has_mirostat = Mirostat.wants(params)
     shapers = tuple(step for step in SHAPERS if step.wants(params) and not (has_mirostat and isinstance(step, Truncate | Xtc)))
-    return Chain(tuple(step for step in (*STEPS, *processors) if step.wants(params)), shapers, has_mirostat)
+    return Chain(tuple(step for step in (*STEPS, *processors, *_LAST) if step.wants(params)), shapers, has_mirostat)
