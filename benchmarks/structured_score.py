@@ -56,8 +56,9 @@ class Score:
         return f"{name:<18}{'  '.join(f'{cell:<20}' for cell in shown)}{self.relaxed:6}"
 
 
-def subschemas(schema: Any, root: Any, seen: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
-    """(property name, schema) in the order of the schema; "*" for other properties and items."""
+def subschemas(schema: Any, root: Any, value: Any, seen: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
+    """(property name, schema) in the order of the schema; "*" for other properties and items. Alternatives that require what
+    `value` has not are none of its own."""
     if not isinstance(schema, dict):
         return
     ref = schema.get("$ref")
@@ -65,21 +66,23 @@ def subschemas(schema: Any, root: Any, seen: frozenset[str] = frozenset()) -> It
         node = root
         for part in ref[2:].split("/"):
             node = node.get(part, {}) if isinstance(node, dict) else {}
-        yield from subschemas(node, root, seen | {ref})
-    for key, value in schema.items():
+        yield from subschemas(node, root, value, seen | {ref})
+    for key, part in schema.items():
         if key == "properties":
-            yield from value.items()
+            yield from part.items()
         elif key in ("allOf", "anyOf", "oneOf"):
-            for item in value:
-                yield from subschemas(item, root, seen)
+            for item in part:
+                required = item.get("required", ()) if isinstance(item, dict) and key != "allOf" else ()
+                if not isinstance(value, dict) or all(name in value for name in required):
+                    yield from subschemas(item, root, value, seen)
         elif key in ("items", "additionalProperties"):
-            yield "*", value
+            yield "*", part
         elif key == "patternProperties":
-            yield from (("*", item) for item in value.values())
+            yield from (("*", item) for item in part.values())
 
 
 def in_order(value: Any, schemas: list[Any], root: Any) -> Any:
-    found = [pair for schema in schemas for pair in subschemas(schema, root)]
+    found = [pair for schema in schemas for pair in subschemas(schema, root, value)]
     others = [schema for name, schema in found if name == "*"]
     if isinstance(value, list):
         return [in_order(item, others, root) for item in value]

@@ -20,7 +20,7 @@ from typing import Any
 from pagoda.base.errors import InvalidRequest
 from pagoda.structured.instance import Checker, Undecided
 
-__all__ = ["MAX_DEPTH", "Normalizer", "check_size"]
+__all__ = ["MAX_DEPTH", "Normalizer", "check_size", "without_patterns"]
 
 MAX_DEPTH = 64
 MAX_NODES = 50_000
@@ -68,6 +68,16 @@ def check_size(schema: Any) -> None:
             stack += [(item, depth + 1) for item in node.values()]
         elif isinstance(node, list):
             stack += [(item, depth + 1) for item in node]
+
+
+def without_patterns(node: Any) -> Any:
+    """A copy without any `pattern`; data (`const`, `enum`, ...) stay as they are. `node` is no deeper than `check_size` allows."""
+    if isinstance(node, list):
+        return [without_patterns(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    kept = {key: value for key, value in node.items() if not (key == "pattern" and isinstance(value, str))}
+    return {key: value if key in ("const", "enum", "default", "examples") else without_patterns(value) for key, value in kept.items()}
 
 
 class Normalizer:

@@ -14,7 +14,7 @@ import msgspec
 
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.types import StructuredOutputsParams
-from pagoda.structured.json_schema import Normalizer, check_size
+from pagoda.structured.json_schema import Normalizer, check_size, without_patterns
 from pagoda.structured.tags import tags_to_lark
 
 __all__ = ["Translated", "both", "translate"]
@@ -83,13 +83,18 @@ def _from_schema(schema: Any, params: StructuredOutputsParams) -> Translated:
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
     first = ""
-    for rewriting, reading in _ATTEMPTS:
-        normalizer = Normalizer(schema, _is_regex, closes_objects=params.disable_additional_properties, **rewriting)
+    bare = without_patterns(schema)
+    attempts = [(schema, *attempt) for attempt in _ATTEMPTS]
+    if bare != schema:
+        attempts.append((bare, *_ATTEMPTS[-1]))  # each may be enforceable, and all of them at once not
+    for given, rewriting, reading in attempts:
+        normalizer = Normalizer(given, _is_regex, closes_objects=params.disable_additional_properties, **rewriting)
         body = _normalized(normalizer)
         grammar = _wrap(json_schema=body if isinstance(body, bool) else {**body, "x-guidance": {**options, **reading}})
         is_error, messages = _validate(grammar)
         if not is_error:
-            return Translated(grammar, (*normalizer.notes, *(message.splitlines()[0] for message in messages)))
+            lost = () if given is schema else ("its patterns cannot be enforced together",)
+            return Translated(grammar, (*lost, *normalizer.notes, *(message.splitlines()[0] for message in messages)))
         first = first or _brief(messages)
     raise InvalidRequest(f"the JSON schema cannot be enforced: {first}", param=_PARAM)
 

@@ -241,3 +241,14 @@ def test_nothing_is_left_out_in_silence(shared_data: Path) -> None:
                     assert translated.notes, f"{path.name}: {group['description']}: {test['description']}: {test['data']}"
     assert num_schemas > 330 and num_refused > 300
     assert num_accepted / num_valid > 0.96  # formats are asserted, and numbers have one spelling
+
+
+def test_patterns_that_cannot_be_had_together_are_left_out_and_named() -> None:
+    """The engine cannot tell whether the four have a string in common; data that only look like a pattern stay."""
+    patterns = ["^([a-z][0-9])+$", "((c1d3g3).{4,8}){6,6}", "(t|8){10,10}..$", "^z9((.){10,10}){10,10}z9$"]
+    schema = {"properties": {"x": {"allOf": [{"pattern": pattern} for pattern in patterns]}, "y": {"const": {"pattern": "a"}}}, "required": ["y"]}
+    translated = translate(StructuredOutputsParams(json={"type": "object", **schema}))
+    assert "its patterns cannot be enforced together" in translated.notes
+    assert '"const": {"pattern": "a"}' in json.dumps(json.loads(translated.grammar)) and "c1d3g3" not in translated.grammar
+    alone = translate(StructuredOutputsParams(json={"type": "string", "pattern": patterns[0]}))
+    assert alone.notes == () and "a-z" in alone.grammar
