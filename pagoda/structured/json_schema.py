@@ -71,12 +71,17 @@ def check_size(schema: Any) -> None:
 
 
 def without_patterns(node: Any) -> Any:
-    """A copy without any `pattern`; data (`const`, `enum`, ...) stay as they are. `node` is no deeper than `check_size` allows."""
+    """A copy without any `pattern`, and without a `not` that has one in it: what is left allows more, never less. Data (`const`, `enum`, ...)
+    stay as they are. `node` is no deeper than `check_size` allows."""
     if isinstance(node, list):
         return [without_patterns(item) for item in node]
     if not isinstance(node, Mapping):
         return node
-    kept = {key: value for key, value in node.items() if not (key == "pattern" and isinstance(value, str))}
+    kept = {
+        key: value
+        for key, value in node.items()
+        if not (key == "pattern" and isinstance(value, str)) and not (key == "not" and without_patterns(value) != value)
+    }
     return {key: value if key in ("const", "enum", "default", "examples") else without_patterns(value) for key, value in kept.items()}
 
 

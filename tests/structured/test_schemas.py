@@ -250,5 +250,7 @@ def test_patterns_that_cannot_be_had_together_are_left_out_and_named() -> None:
     translated = translate(StructuredOutputsParams(json={"type": "object", **schema}))
     assert "its patterns cannot be enforced together" in translated.notes
     assert '"const": {"pattern": "a"}' in json.dumps(json.loads(translated.grammar)) and "c1d3g3" not in translated.grammar
+    opposite = {"type": "string", "allOf": [*schema["properties"]["x"]["allOf"], {"not": {"pattern": "^a"}}]}
+    assert translate(StructuredOutputsParams(json=opposite)).notes, "what is left of the `not` must not forbid everything"
     alone = translate(StructuredOutputsParams(json={"type": "string", "pattern": patterns[0]}))
     assert alone.notes == () and "a-z" in alone.grammar
