@@ -7,7 +7,7 @@ NATIVE := hatch_build.py $(shell find pagoda/csrc -name '*.cpp' -o -name '*.h' 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long check check-triton-newest gpu-check wheel bench bench-quick bench-peers bench-scale clean
+.PHONY: help setup serve test test-long clients check check-triton-newest gpu-check wheel bench bench-quick bench-peers bench-scale clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,9 +38,12 @@ test: $(VENV)/.test ## run the test suite
 	$(BIN)/pagoda fetch --if-possible
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-test-long: $(VENV)/.test ## the tests that take minutes
+test-long: $(VENV)/.test ## the tests that take minutes, the real clients among them
 	$(BIN)/python -m pytest -m "long" $(ARGS)
 	sh scripts/sanitize.sh $(BIN)/python tests/kernels
+
+clients: $(VENV)/.test ## run the real clients and write docs/clients.md (ARGS="LangChain DSPy" ...)
+	$(BIN)/python -m tests.clients $(ARGS)
 
 check: $(VENV)/.lint ## run the linters
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""DSPy: predictions, chains of thought, typed fields, streams of a module, and a compiled program."""
+"""DSPy: plain calls through `openai/`, and typed predictions with a JSON schema through a declared provider.
+
+Of a model that is not in its catalogue DSPy asks no JSON schema, unless a provider is declared to hold one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import asyncio
 from typing import Literal
 
 import dspy
+from dspy.lm15 import AccessPolicy, ModelSupport, OpenAIChatCompat, ProviderDefinition, register_provider
 from steps import MODEL, QUESTION, URL, run, step
 
-model = dspy.LM(f"openai/{MODEL}", api_base=URL, api_key="none", temperature=0.0, max_tokens=300, cache=False, num_retries=0)
+settings = {"api_base": URL, "api_key": "none", "temperature": 0.0, "max_tokens": 1000, "cache": False, "num_retries": 0}
+access = AccessPolicy(provider="pagoda", env_keys=("PAGODA_API_KEY",), base_url=URL)
+register_provider(ProviderDefinition.chat(access, compat=OpenAIChatCompat()), supports=ModelSupport(function_calling=True, response_schema=True))
+plain, model = dspy.LM(f"openai/{MODEL}", **settings), dspy.LM(f"pagoda/{MODEL}", **settings)
 json_adapter = dspy.JSONAdapter()
 dspy.configure(lm=model)
 
@@ -22,13 +29,14 @@ class Judge(dspy.Signature):
 
 @step
 def lm() -> None:
-    (text,) = model(QUESTION)
-    assert "Paris" in (text["text"] if isinstance(text, dict) else text)
+    for each in (plain, model):
+        (text,) = each(QUESTION)
+        assert "Paris" in (text["text"] if isinstance(text, dict) else text)
 
 
 @step
 def samples() -> None:
-    assert len(model(messages=[{"role": "user", "content": "Name a colour."}], n=3, temperature=1.0)) == 3
+    assert len(plain(messages=[{"role": "user", "content": "Name a colour."}], n=3, temperature=1.0)) == 3
 
 
 @step
