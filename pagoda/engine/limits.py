@@ -59,11 +59,11 @@ class Step:
         "num_eligible",
         "num_missing",
         "num_prompt_tokens",
-        "prompt_cost",
         "num_rows",
         "num_tokens",
         "number",
         "preempted",
+        "prompt_cost",
         "released_slots",
         "rows",
         "scheduled",
@@ -151,17 +151,17 @@ class PromptPace(Limiter):
             share = max(self.MIN_TOKENS, self.SHARE * step.num_decoding) * (step.num_eligible - step.num_decoding)
             left = (share - step.prompt_cost) / self._cost(req)
         else:
-            left = self._allowance() - step.num_prompt_tokens
+            left = self._allowance(self._target) - step.num_prompt_tokens
         return min(want, max(0, int(left), self.MIN_TOKENS - step.num_prompt_tokens))
 
     def _cost(self, req: Request) -> float:
         """What a prompt token takes, that of a context's first being 1."""
         return 1 + req.num_tokens_computed / self._even_position if self._even_position else 1.0
 
-    def _allowance(self) -> int:
+    def _allowance(self, target: float) -> int:
         if self._token_seconds == 0.0:
             return self.MIN_TOKENS  # nothing is known yet
-        return int((self._target - self._decode_seconds) / self._token_seconds)
+        return int((target - self._decode_seconds) / self._token_seconds)
 
     def commit(self, req: Request, count: int, step: Step) -> None:
         if count == 1 and step.num_missing == 1:
