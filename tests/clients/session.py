@@ -83,9 +83,11 @@ def _run_script(words: Sequence[str], timeout_s: float, work: Path) -> Outcome:
         output, _ = process.communicate(timeout=timeout_s)
         is_late = False
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own group: a client may have started processes of its own
+        _end_group(process)
         output, _ = process.communicate()
         is_late = True
+    finally:
+        _end_group(process)
     (work / "output.log").write_text(output, encoding="utf-8")
     failed = re.findall(r"^FAILED (.+)$", output, re.M)
     if is_late:
@@ -97,3 +99,9 @@ def _run_script(words: Sequence[str], timeout_s: float, work: Path) -> Outcome:
         failed.append("did nothing")
     found = re.search(r"^version (\S+) (\S+)$", output, re.M)
     return Outcome(f"{found[1]} {found[2]}" if found else "?", tuple(done), tuple(failed), output)
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """Ends what a script left behind: its process leads a group, and a client that is stopped may leave workers in it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
