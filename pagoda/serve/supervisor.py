@@ -84,18 +84,20 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        watching = asyncio.create_task(self._watch_engine(client))
+        beside = [asyncio.create_task(self._watch_engine())]
+        if not self._server.disable_log_stats:
+            beside.append(asyncio.create_task(self._log_stats(client)))
         keeping = [asyncio.create_task(self._keep(client, listener)) for listener in self._listeners]
         try:
             await asyncio.gather(*keeping)  # the first error ends the server
             return 0
         finally:
-            for task in (watching, *keeping):
+            for task in (*beside, *keeping):
                 task.cancel()
             for child in self._children:
                 with contextlib.suppress(ProcessLookupError):
                     child.process.kill()
-            await asyncio.gather(watching, *keeping, return_exceptions=True)
+            await asyncio.gather(*beside, *keeping, return_exceptions=True)
             await asyncio.gather(*(child.process.wait() for child in self._children))
             client.close()
 
@@ -114,6 +116,8 @@ class _Supervisor:
             if self._is_stopping:
                 return
             how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            if "ready" not in words and not client.is_alive:
+                await client.wait_ready()  # raises what loading met: a process that came late has not heard it
             if "failed" in words:
                 raise _failure(words["failed"])
             if "ready" not in words:
@@ -150,22 +154,24 @@ class _Supervisor:
         if is_first and self._num_unready == 0:
             print(f"{text}\nHTTP is spoken by {self._server.api_server_count} processes", file=sys.stderr, flush=True)
 
-    async def _watch_engine(self, client: ProcessClient) -> None:
-        """The line of figures every 10 seconds; and the news of the engine's end, which only its parent gets."""
+    async def _watch_engine(self) -> None:
+        """The news of the engine's end, which only its parent gets."""
+        how = await asyncio.to_thread(self._process.wait)
+        if not self._is_stopping and self._num_unready == 0:
+            logger.error("%s", how)
+        for child in self._children:
+            child.order(f"dead {how}")
+
+    async def _log_stats(self, client: ProcessClient) -> None:
+        """The line of figures every 10 seconds, while there is an engine."""
         metrics = ServerMetrics()
         log = StatsLog(metrics)
-        try:
+        with contextlib.suppress(PagodaError):  # its end is told by who watches it
             await client.wait_ready()
             while True:
                 await asyncio.sleep(StatsLog.INTERVAL)
                 metrics.update_core(await client.stats())
-                if not self._server.disable_log_stats:
-                    log.emit()
-        except PagodaError as error:
-            if not self._is_stopping and self._num_unready == 0:
-                logger.error("%s", error.message)
-            for child in self._children:
-                child.order(f"dead {error.message}")
+                log.emit()
 
     def _on_signal(self) -> None:
         self._is_stopping = True

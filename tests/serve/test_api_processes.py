@@ -144,6 +144,7 @@ def test_engine_death_shows_in_both() -> None:
         reading.join(10)
         assert reading.events[-1] == "[DONE]" and "SIGKILL" in json.loads(reading.events[-2])["error"]["message"]
         wait_until(lambda: {httpx.get(url + "/health").status_code for _ in range(10)} == {503})
+        assert not any("Engine 000" in line for line in server.lines), "the news does not wait for the line of figures"
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
 
