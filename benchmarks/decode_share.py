@@ -11,12 +11,13 @@ import argparse
 import json
 import statistics
 import tempfile
+from itertools import pairwise
 from pathlib import Path
+
+from workloads import ceilings, run_offline
 
 from pagoda.base.config import config_from_kwargs
 from pagoda.executor.launch import LocalEngine, build_engine
-
-from workloads import ceilings, run_offline
 
 LLAMA_1B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
@@ -48,7 +49,7 @@ def main() -> None:
             for round in range(args.rounds):
                 speeds.append(run_offline(engine, "W1", round)["decode tok/s"])
                 memory.append(ceilings(threads)["memory"])
-            around = [(before + after) / 2 for before, after in zip(memory, memory[1:])]
+            around = [(before + after) / 2 for before, after in pairwise(memory)]
             shares = [weights * speed / 1e9 / limit for speed, limit in zip(speeds, around, strict=True)]
             speed = statistics.median(speeds)
             print(

@@ -13,11 +13,10 @@ import os
 import time
 
 import psutil
+from workloads import run_server
 
 from pagoda.base.config import config_from_kwargs
 from pagoda.bench.server_process import running_server
-
-from workloads import run_server
 
 SETTLE_SECONDS = 2.0
 
