@@ -3,7 +3,7 @@
     python benchmarks/structured_cost.py [--model M] [--streams 32] [--tokens 64] [--rounds 9]
 
 Free and held rounds alternate; the ratio is the median over pairs, so that the machine's other work falls on both. The grammar is a JSON list of long
-strings: its masks allow about half the vocabulary, nothing is forced, and it cannot end early. Every stream gives the same number of tokens.
+strings: its masks allow nearly all of the vocabulary, nothing is forced, and it cannot end early. Every stream gives the same number of tokens.
 """
 
 from __future__ import annotations

@@ -7,8 +7,11 @@ namespace pg::checks {
 static inline bool activations(const pg_tensor& t) { return t.data && t.dtype == PG_F32 && t.stride >= t.cols && t.cols > 0; }
 static inline bool index(const pg_tensor& t) { return t.data && (t.dtype == PG_I32 || t.dtype == PG_I64); }
 static inline bool blocks(const pg_tensor& t) { return (t.dtype & ~PG_W_INT8) >= PG_W_Q8_0 && (t.dtype & ~PG_W_INT8) <= PG_W_Q6_K; }
-static inline bool packed(const pg_tensor& t) { return t.data && t.rows > 0 && (blocks(t) || t.dtype == PG_W_F32 || t.dtype == PG_W_BF16); }
-static inline bool blocks_fit(const pg_tensor& w) { return !blocks(w) || w.cols % ((w.dtype & ~PG_W_INT8) >= PG_W_Q4_K ? 256 : 32) == 0; }
+static inline bool packed(const pg_tensor& t) { return t.data && t.rows > 0 && (blocks(t) || t.dtype == PG_W_F32 || t.dtype == PG_W_BF16 || t.dtype == PG_W_I8); }
+static inline bool blocks_fit(const pg_tensor& w) {
+    if (w.dtype == PG_W_I8) return w.cols % 16 == 0;
+    return !blocks(w) || w.cols % ((w.dtype & ~PG_W_INT8) >= PG_W_Q4_K ? 256 : 32) == 0;
+}
 static inline bool same_cols(const pg_tensor& a, const pg_tensor& b) { return a.cols == b.cols; }
 
 static inline const char* embedding(const Call& c) {
@@ -92,6 +95,13 @@ static inline const char* sample(const Call& c) {
     for (int k = 0; k < 8; ++k)
         if (!c.t[k].data || c.t[k].dtype != types[k]) return "sample: an operand has the wrong type";
     return activations(c.t[0]) ? nullptr : "sample: logits must be float32";
+}
+static inline const char* sample_masked(const Call& c) {
+    static const int32_t types[10] = {PG_F32, PG_I32, PG_U8, PG_F32, PG_I32, PG_F32, PG_F32, PG_U64, PG_I64, PG_I32};
+    for (int k = 0; k < 10; ++k)
+        if (!c.t[k].data || (c.t[k].dtype != types[k] && !(k == 1 && index(c.t[1])))) return "sample_masked: an operand has the wrong type";
+    if (c.t[2].stride < c.t[2].cols || c.t[2].cols * 8 < c.t[0].cols) return "sample_masked: a mask needs a bit for every logit";
+    return activations(c.t[0]) ? nullptr : "sample_masked: logits must be float32";
 }
 static inline const char* mark(const Call&) { return nullptr; }
 

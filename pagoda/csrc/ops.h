@@ -16,4 +16,5 @@
     X(row_logsumexp, 2, 1)   \
     X(row_is_finite, 2, 1)   \
     X(sample, 8, 7)          \
+    X(sample_masked, 10, 9)  \
     X(mark, 0, -1)

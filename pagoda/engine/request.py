@@ -84,11 +84,12 @@ class Guide:
     def mask(self) -> bytes:
         """What may come next; only while `is_on`."""
         bits = self._matcher.mask()
-        if self._avoided_ids:
-            others = bits
-            for token_id in self._avoided_ids:
+        others = bits
+        for token_id in self._avoided_ids:
+            if bits[token_id >> 3] >> (token_id & 7) & 1:
                 others = _with_bit(others, token_id, is_set=False)
-            bits = others if others.strip(b"\0") else bits
+        if others is not bits and others.strip(b"\0"):
+            bits = others
         if self._opens_with is None or not self._is_first:
             return bits
         return _with_bit(bits, self._opens_with, is_set=True)

@@ -159,9 +159,16 @@ def _logits(rows: int) -> Iterator[Row]:
     def column(x: Array, value: float, dtype: Any) -> Array:
         return x.recorder.input(np.full(rows, value, dtype), rows="T")
 
-    def sample(x: Array, temperature: float, top_k: int, top_p: float) -> Array:
+    def columns(x: Array, temperature: float, top_k: int, top_p: float) -> list[Array]:
         parameters = ((temperature, np.float32), (top_k, np.int32), (top_p, np.float32), (0, np.float32), (1, np.uint64), (2, np.int64))
-        return ops.sample(x, *(column(x, value, kind) for value, kind in parameters))
+        return [column(x, value, kind) for value, kind in parameters]
+
+    def sample(x: Array, temperature: float, top_k: int, top_p: float) -> Array:
+        return ops.sample(x, *columns(x, temperature, top_k, top_p))
+
+    def masked(x: Array, temperature: float, byte: int) -> Array:
+        mask = x.recorder.input(np.full((rows, 49152 // 8), byte, np.uint8), rows="T")
+        return ops.sample_masked(x, x.recorder.input(np.arange(rows), rows="T"), mask, *columns(x, temperature, 0, 1.0))
 
     size = 4 * rows * 49152
     yield _simple("row_logsumexp", f"{rows}x49152", rows, on(ops.row_logsumexp), size)
@@ -170,10 +177,14 @@ def _logits(rows: int) -> Iterator[Row]:
     yield _simple("sample", f"random {rows}x49152", rows, on(lambda x: sample(x, 1.0, 0, 1.0)), size)
     yield _simple("sample", f"top_k 40, top_p 0.9 {rows}x49152", rows, on(lambda x: sample(x, 1.0, 40, 0.9)), size)
     yield _simple("sample", f"top_p 0.9 {rows}x49152", rows, on(lambda x: sample(x, 1.0, 0, 0.9)), size)
+    yield _simple("sample_masked", f"greedy, half allowed {rows}x49152", rows, on(lambda x: masked(x, 0.0, 0x5A)), size)
+    yield _simple("sample_masked", f"random, half allowed {rows}x49152", rows, on(lambda x: masked(x, 1.0, 0x5A)), size)
+    yield _simple("sample_masked", f"random, all allowed {rows}x49152", rows, on(lambda x: masked(x, 1.0, 0xFF)), size)
 
 
 def _rows() -> list[Row]:
-    shapes = {1: ((576, 3072), (1536, 576)), 32: ((576, 3072), (1536, 576)), 256: ((512, 3072), (1536, 576))}
+    usual = ((576, 3072), (1536, 576))
+    shapes = {1: usual, 16: usual, 32: usual, 256: ((512, 3072), (1536, 576))}
     rows = [_linear(f, t, k, n) for f in FORMATS for k, n in shapes[width_unit(f)] for t in (1, 4, 32, 512)]
     rows += [_linear("q8_0", t, 576, 49152) for t in (1, 32)]
     for dtype in DTYPES:
@@ -182,7 +193,7 @@ def _rows() -> list[Row]:
         rows.append(_kv_write(32, dtype))
     for t in (1, 32, 512):
         rows += list(_pointwise(t))
-    rows += [_embedding(32, f) for f in ("bf16", "q8_0")]
+    rows += [_embedding(32, f) for f in ("bf16", "q8_0", "i8")]
     for t in (1, 32):
         rows += list(_logits(t))
     return rows

@@ -32,6 +32,7 @@ __all__ = [
     "row_is_finite",
     "row_logsumexp",
     "sample",
+    "sample_masked",
     "scale",
     "soft_cap",
 ]
@@ -176,6 +177,27 @@ def sample(
     u in [0, 1) is the first 53 bits of Philox4x32-10 with key = seed and counter = position; the answer is the first
     kept id in vocabulary order whose cumulative p exceeds u. All sums are float64. A row with NaN or +inf, or with nothing
     above -inf, gives -1. Types: float32 x3 (temperature,
-    top_p, min_p), int32 top_k, uint64 seed, int64 position.
+    top_p, min_p), int32 top_k, uint64 seed, int64 position. A temperature below 0 says that nobody will read the row's answer:
+    it may be any id or -1.
     """
     return lookup("sample", logits_RV)(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R)
+
+
+def sample_masked(
+    logits_RV: Array,
+    row_M: Array,
+    mask_MB: Array,
+    temperature_M: Array,
+    top_k_M: Array,
+    top_p_M: Array,
+    min_p_M: Array,
+    seed_M: Array,
+    position_M: Array,
+) -> Array:
+    """`sample` of rows row[m], as if logits whose bit in mask m is 0 were -inf. -> int32 M. Changes no operand.
+
+    Bit v of a mask is bit v % 8 of its byte v / 8; mask uint8, B >= ceil(V / 8), row int32 or int64. A row with NaN or +inf gives -1,
+    allowed or not, and so does one whose mask allows nothing above -inf. Bit for bit the answers of `sample` on such a copy.
+    """
+    found = lookup("sample_masked", logits_RV)
+    return found(logits_RV, row_M, mask_MB, temperature_M, top_k_M, top_p_M, min_p_M, seed_M, position_M)

@@ -5,6 +5,7 @@ The vocabulary is read at the first structured request, not before: a server tha
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -40,8 +41,11 @@ class Vocabulary(Protocol):
 class Matcher:
     """One sequence inside a grammar. Not thread-safe; `mask` and `accept` must not overlap."""
 
-    def __init__(self, inner: Any, num_mask_bytes: int) -> None:
-        self._inner, self.num_mask_bytes = inner, num_mask_bytes
+    def __init__(self, inner: Any, num_mask_bytes: int, num_token_bytes: int) -> None:
+        """Masks of `num_mask_bytes` leave; llguidance writes `num_token_bytes`, a bit for each token it knows: more, where logits are fewer."""
+        self._inner, self.num_mask_bytes, self._num_token_bytes = inner, num_mask_bytes, num_token_bytes
+        self._bits = bytearray(num_token_bytes)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._bits))
 
     def mask(self) -> bytes:
         """Bit v of the little-endian words allows token v: (ceil(vocab / 32)) uint32. End tokens only where the grammar may end.
@@ -50,11 +54,11 @@ class Matcher:
         trouble does not become that of the step.
         """
         try:
-            bits: bytes = self._inner.compute_bitmask()
+            self._inner.unsafe_compute_mask_ptr(self._address, self._num_token_bytes)
         except Exception as error:
             logger.error("a grammar's mask failed: %s", error)
-            bits = b""
-        return bits[: self.num_mask_bytes].ljust(self.num_mask_bytes, b"\0")
+            return bytes(self.num_mask_bytes)
+        return bytes(self._bits)[: self.num_mask_bytes]
 
     def accept(self, token_id: int) -> str | None:
         """Moves on by one token. The error where the grammar does not allow it, or has become too complex."""
@@ -68,7 +72,7 @@ class Matcher:
 
     def copy(self) -> Matcher:
         """The same place in the same grammar, to go on independently."""
-        return Matcher(self._inner.deep_copy(), self.num_mask_bytes)
+        return Matcher(self._inner.deep_copy(), self.num_mask_bytes, self._num_token_bytes)
 
 
 class AllOf:
@@ -115,10 +119,11 @@ class GrammarCompiler:
     def _compile_one(self, grammar: str, eos_token_ids: Sequence[int]) -> Matcher:
         from llguidance import LLMatcher, LLParserLimits  # 40 ms, at the first request that wants it
 
-        inner = LLMatcher(self._tokenizer(tuple(eos_token_ids)), grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        tokenizer = self._tokenizer(tuple(eos_token_ids))
+        inner = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
         if inner.is_error():
             raise InvalidRequest(f"the grammar cannot be used: {_brief(inner.get_error())}", param="structured_outputs")
-        return Matcher(inner, (self._num_logits + 31) // 32 * 4)
+        return Matcher(inner, (self._num_logits + 31) // 32 * 4, (tokenizer.vocab_size + 31) // 32 * 4)
 
     def _tokenizer(self, eos_token_ids: tuple[int, ...]) -> Any:
         if not eos_token_ids:

@@ -48,8 +48,8 @@ class StepRows:
 
 @dataclass(frozen=True)
 class DrawInputs:
-    """What `ops.sample` asks of every logits row. Rows that are not drawn, or not by the fused op alone, have temperature 0:
-    the cheapest answer, which nobody reads."""
+    """What `ops.sample` asks of every logits row. Rows that are not drawn, or not by the fused op alone, have temperature
+    -1: nobody reads their answers."""
 
     temperature_R: np.ndarray
     top_k_R: np.ndarray
@@ -72,8 +72,8 @@ class DrawInputs:
         n = len(slot_R)
         temperature_R = table.temperature_N[slot_R]
         if is_drawn_R is not None:
-            temperature_R[~is_drawn_R] = 0
-        temperature_R[table.is_redrawn_N[slot_R]] = 0
+            temperature_R[~is_drawn_R] = -1
+        temperature_R[table.is_redrawn_N[slot_R]] = -1
         self.temperature_R[:n] = temperature_R
         self.top_k_R[:n] = table.top_k_N[slot_R]
         self.top_p_R[:n] = table.top_p_N[slot_R]

@@ -10,9 +10,10 @@ Order of operations for a row, documented once, here and in `worker/logits`:
     3  min_p    4  top_k    5  top_p, over what is left; then XTC. Mirostat stands in the place of all four
     6  one draw: the counter-based random number of (seed, position), inverse cumulative distribution in id order
 
-The draw with its temperature and truncations is one fused op for all rows of the step; a row that needs more has its logits
-changed in place first, so that every row is drawn with the same arithmetic and the same number, whatever its neighbours ask
-for. With `logprobs_mode` processed_* step 0 is taken before 6 instead, of what is left then, divided by the temperature.
+The draw with its temperature and truncations is one fused op for all rows of the step, at the end of the forward. A row that has
+a grammar's mask and nothing else is drawn through the mask, by an op that leaves the logits alone. A row that needs more has its
+logits changed in place first. All are drawn with the same arithmetic and the same number, whatever the neighbours ask for.
+With `logprobs_mode` processed_* step 0 is taken before 6 instead, of what is left then, divided by the temperature.
 """
 
 from __future__ import annotations
@@ -51,9 +52,8 @@ class Sampler:
 
         `drawn_R` are the ids the forward drew of all rows; they are taken when no row needs more than the fused draw.
         """
-        if rows.is_plain and drawn_R is not None and not masks and (ids := drawn_R.tolist()) and min(ids) >= 0:
-            table.append_tokens(rows.slots_S, drawn_R)
-            return [StepRow(slot=slot, token_ids=[token]) for slot, token in zip(rows.slots_S.tolist(), ids, strict=True)]
+        if rows.is_plain and drawn_R is not None and not masks and drawn_R.min(initial=0) >= 0:
+            return _keep(table, rows, drawn_R)
         results = [StepRow(slot=slot) for slot in rows.slots_S.tolist()]
         if rows.num_rows == 0:
             return results
@@ -61,78 +61,84 @@ class Sampler:
             self._score_prompts(logits_RV, rows, table, results)
         if rows.num_sampled == 0:
             return results
-        if rows.num_sampled == rows.num_rows == rows.num_seqs:
-            chosen_S, row_R, slots, picked = range(rows.num_seqs), range(rows.num_rows), rows.slots_S, logits_RV
-        else:
-            chosen_S = np.flatnonzero(rows.is_sampled_S)
-            row_R, slots = rows.row_start_S1[chosen_S + 1] - 1, rows.slots_S[chosen_S]
-            picked = logits_RV if rows.num_sampled == rows.num_rows else None
+        chosen_I = np.flatnonzero(rows.is_sampled_S)
+        row_I, slots = rows.row_start_S1[chosen_I + 1] - 1, rows.slots_S[chosen_I]
         raw = _Raw()
-        if drawn_R is not None and not masks and not table.is_redrawn_N[slots].any():
-            ids = drawn_R if picked is not None else drawn_R[row_R]
-        else:
-            self._prepare(raw, logits_RV, row_R, slots, table, masks)
-            ids = ops.sample(
-                logits_RV[row_R] if picked is None else picked, table.temperature_N[slots], table.top_k_N[slots],
-                table.top_p_N[slots], table.min_p_N[slots], table.seed_N[slots], table.num_tokens_N[slots].astype(np.int64),
-            )  # fmt: skip
-        for i, (s, token) in enumerate(zip(chosen_S, ids.tolist(), strict=True)):
+        ids = self._draw(raw, logits_RV, row_I, slots, table, masks, drawn_R)
+        if raw.is_empty and rows.num_rows == rows.num_seqs == len(ids) and ids.min() >= 0:
+            return _keep(table, rows, ids)
+        for i, (s, token) in enumerate(zip(chosen_I.tolist(), ids.tolist(), strict=True)):
             result = results[s]
             if token < 0 or result.error or i in raw.errors:
                 result.error = result.error or raw.errors.get(i, NOT_FINITE)
             else:
                 result.token_ids = [token]
-        drawn = [i for i, s in enumerate(chosen_S) if results[s].error is None]
+        drawn = [i for i, s in enumerate(chosen_I) if results[s].error is None]
         table.append_tokens(*((slots, ids) if len(drawn) == len(ids) else (slots[drawn], ids[drawn])))
         for i, logits_V in raw.logits_V.items():
-            result = results[chosen_S[i]]
+            result = results[chosen_I[i]]
             if result.error is None:
                 params = table.info(int(slots[i])).params
                 result.logprobs = [top_logprobs(logits_V, result.token_ids[0], params.logprobs or 0, raw.normalizer[i], params.logprob_token_ids)]
         for i, (logits_V, info, context) in raw.drawn_from.items():
-            if results[chosen_S[i]].error is None:
+            if results[chosen_I[i]].error is None:
                 self._mirostat.observe(logits_V, context, info.request_id, int(ids[i]))
         return results
 
-    def _prepare(
+    def _draw(
         self,
         raw: _Raw,
         logits_RV: np.ndarray,
-        row_R: Sequence[int] | np.ndarray,
-        slots: np.ndarray,
+        row_I: np.ndarray,
+        slots_I: np.ndarray,
         table: RequestTable,
         masks: Masks | None,
+        drawn_R: np.ndarray | None,
+    ) -> np.ndarray:
+        """The ids of the sampled rows I: through a mask, behind steps, or as the forward drew them."""
+        num_rows = len(row_I)
+        ids_I = np.empty(num_rows, np.int32) if drawn_R is None else drawn_R[row_I]
+        is_late_I = np.ones(num_rows, np.bool_) if drawn_R is None else table.is_redrawn_N[slots_I]
+        place_I = _places(masks, slots_I)
+        is_masked_I = (place_I >= 0) & ~table.is_special_N[slots_I]
+        masked = np.flatnonzero(is_masked_I)
+        if masks is not None and len(masked):
+            mask_MB = _bytes_of(masks, place_I[masked])
+            ids_I[masked] = ops.sample_masked(logits_RV, row_I[masked], mask_MB, *_parameters(table, slots_I[masked]))
+        late = np.flatnonzero(is_late_I & ~is_masked_I)
+        if len(late):
+            for i in late.tolist():
+                self._prepare(raw, i, logits_RV[row_I[i]], int(slots_I[i]), table, masks, int(place_I[i]))
+            late_RV = logits_RV if len(late) == len(logits_RV) else logits_RV[row_I[late]]
+            ids_I[late] = ops.sample(late_RV, *_parameters(table, slots_I[late]))
+        return ids_I
+
+    def _prepare(
+        self, raw: _Raw, i: int, logits_V: np.ndarray, slot: int, table: RequestTable, masks: Masks | None, place: int
     ) -> None:
-        """Keeps what logprobs need, then runs the steps in place; rows that ask for neither are passed over."""
-        mask_of = {slot: i for i, slot in enumerate(masks.slots)} if masks else {}
-        for i, (row, slot) in enumerate(zip(row_R, slots.tolist(), strict=True)):
-            index = mask_of.get(slot)
-            if index is None and not table.is_special_N[slot]:
-                continue
-            logits_V = logits_RV[row]
-            if index is not None and masks is not None and not table.is_special_N[slot]:
-                apply_mask(logits_V, masks, index)  # NaN and infinity stay NaN behind it, which the draw notices
-                continue
-            if not ops.row_is_finite(logits_V[None])[0]:  # a mask would hide it
-                raw.errors[i] = NOT_FINITE
-                continue
-            info = table.info(slot)
-            context = RowContext(info.params, table.tokens_NL[slot, : table.num_tokens_N[slot]], info.num_prompt_tokens, info.stop_ids)
-            if info.params.logprobs is not None and not _is_processed(info.params):
-                raw.keep(i, logits_V.copy() if info.chain or index is not None else logits_V, info.params)
-            try:
-                self._run_chain(logits_V, info, context, masks, index)
-            except ProcessorFailed as error:
-                raw.errors[i] = str(error)
-                continue
-            except Exception as error:  # a bug of ours, which shall cost its own request and no other
-                _log.exception("request `%s`: its logits steps failed", info.request_id)
-                raw.errors[i] = f"sampling failed: {type(error).__name__}: {error}"
-                continue
-            if info.params.logprobs is not None and _is_processed(info.params):
-                raw.keep(i, _processed(logits_V, info), info.params)
-            if info.chain.has_mirostat:
-                raw.drawn_from[i] = (logits_V, info, context)
+        """Keeps what logprobs need, then runs a special row's steps in place. `place` is its mask's, -1 without."""
+        if not table.is_special_N[slot]:
+            return
+        if not ops.row_is_finite(logits_V[None])[0]:  # a mask would hide it
+            raw.errors[i] = NOT_FINITE
+            return
+        info, index = table.info(slot), place if place >= 0 else None
+        context = RowContext(info.params, table.tokens_NL[slot, : table.num_tokens_N[slot]], info.num_prompt_tokens, info.stop_ids)
+        if info.params.logprobs is not None and not _is_processed(info.params):
+            raw.keep(i, logits_V.copy() if info.chain or index is not None else logits_V, info.params)
+        try:
+            self._run_chain(logits_V, info, context, masks, index)
+        except ProcessorFailed as error:
+            raw.errors[i] = str(error)
+            return
+        except Exception as error:  # a bug of ours, which shall cost its own request and no other
+            _log.exception("request `%s`: its logits steps failed", info.request_id)
+            raw.errors[i] = f"sampling failed: {type(error).__name__}: {error}"
+            return
+        if info.params.logprobs is not None and _is_processed(info.params):
+            raw.keep(i, _processed(logits_V, info), info.params)
+        if info.chain.has_mirostat:
+            raw.drawn_from[i] = (logits_V, info, context)
 
     def _run_chain(self, logits_V: np.ndarray, info: SlotInfo, context: RowContext, masks: Masks | None, index: int | None) -> None:
         """Steps, mask, shapers, in place. `index` is the row's mask."""
@@ -183,6 +189,10 @@ class _Raw:
         self.errors: dict[int, str] = {}
         self.drawn_from: dict[int, tuple[np.ndarray, SlotInfo, RowContext]] = {}  # of rows with Mirostat
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self.logits_V or self.errors or self.drawn_from)
+
     def keep(self, i: int, logits_V: np.ndarray, params: SamplingParams) -> None:
         wants_logits = (params.logprobs_mode or "").endswith("_logits")
         self.logits_V[i] = logits_V
@@ -201,6 +211,35 @@ def _processed(logits_V: np.ndarray, info: SlotInfo) -> np.ndarray:
             truncate(copy_V, params)
         copy_V /= np.float32(params.temperature)
     return copy_V
+
+
+def _keep(table: RequestTable, rows: StepRows, ids_S: np.ndarray) -> list[StepRow]:
+    """One token for every sequence of the step."""
+    table.append_tokens(rows.slots_S, ids_S)
+    return [StepRow(slot=slot, token_ids=[token]) for slot, token in zip(rows.slots_S.tolist(), ids_S.tolist(), strict=True)]
+
+
+def _parameters(table: RequestTable, slots: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What `ops.sample` asks of each row, in its order."""
+    return (
+        table.temperature_N[slots], table.top_k_N[slots], table.top_p_N[slots], table.min_p_N[slots], table.seed_N[slots],
+        table.num_tokens_N[slots].astype(np.int64),
+    )  # fmt: skip
+
+
+def _places(masks: Masks | None, slots_I: np.ndarray) -> np.ndarray:
+    """Which mask each slot has; -1 without."""
+    if masks is None or not masks.slots:
+        return np.full(len(slots_I), -1)
+    place_of = {slot: place for place, slot in enumerate(masks.slots)}
+    return np.array([place_of.get(slot, -1) for slot in slots_I.tolist()])
+
+
+def _bytes_of(masks: Masks, places: np.ndarray) -> np.ndarray:
+    """Their masks, a row each; no copy where these are all."""
+    mask_MB = np.frombuffer(masks.words, np.uint8).reshape(len(masks.slots), -1)
+    is_all = len(places) == len(mask_MB) and np.array_equal(places, np.arange(len(places)))
+    return mask_MB if is_all else mask_MB[places]
 
 
 _OF_BYTE_8 = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf).astype(np.float32)

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pagoda.kernels import gguf_blocks, ops
+from pagoda.kernels import gguf_blocks, ops, rotation
 from pagoda.kernels.kv import DTYPES, KvPlane, allocate_kv_plane, read_tokens
 from pagoda.kernels.weight import FORMATS, GgmlRows, Weight, pack, storage_of, width_unit
 
@@ -44,6 +44,11 @@ def rounded(x_TK: np.ndarray, format: str) -> np.ndarray:
     """Activations as the format's product takes them; block formats round them in blocks of 32."""
     if format in ("f32", "bf16"):
         return bf16(x_TK) if format == "bf16" else x_TK
+    if format == "i8":  # turned and turned back, so that the product is with the weights as they are
+        turned = rotation.rotate(x_TK)
+        scale = np.abs(turned).max(axis=1, keepdims=True) / 127
+        scale[scale == 0] = 1
+        return rotation.rotate(np.rint(turned / scale) * scale) / np.float32(x_TK.shape[1])
     blocks = x_TK.reshape(len(x_TK), -1, 32)
     scale = np.abs(blocks).max(axis=2, keepdims=True) / (127 if format.endswith("_a8") else 32767)
     scale[scale == 0] = 1
@@ -182,6 +187,19 @@ def sample_inputs(rng: np.random.Generator, rows: int, vocab: int, *, spread: fl
     return logits, temperature, top_k, top_p, min_p, seed, position
 
 
+def masked_inputs(rng: np.random.Generator, rows: int, vocab: int, *, spread: float = 3.0) -> tuple[np.ndarray, ...]:
+    """Masks from nearly empty to nearly full, of rows in any order; some rows cannot be drawn from, some only look so."""
+    logits, *parameters = sample_inputs(rng, rows, vocab, spread=spread)
+    logits[0, vocab // 2], logits[1, 0], logits[2, :] = np.nan, np.inf, -np.inf
+    bits = rng.random((rows, vocab)) < rng.choice([0.02, 0.3, 0.5, 0.97], (rows, 1))
+    bits[3:7] = [[0], [1], [0], [1]]
+    bits[5, vocab - 1] = 1
+    bits[7, ::16] = 1
+    mask = np.zeros((rows, (vocab + 31) // 32 * 4), np.uint8)
+    mask[:, : (vocab + 7) // 8] = np.packbits(bits, axis=1, bitorder="little")
+    return logits, rng.permutation(rows), mask, *parameters
+
+
 def _cases() -> list[Case]:
     cases = [linear_case(f, rows, 64, 48, "") for f in FORMATS for rows in (1, 2, 3, 4, 7, 13)]
     cases += [linear_case(f, 6, 96, 33, "bro") for f in FORMATS]
@@ -206,6 +224,8 @@ def _cases() -> list[Case]:
     cases.append(Case("empty_like_rows", "wider", lambda rng: ((normal(rng, 4, 5), 9), {})))
     for vocab in (5, 300, 5000):
         cases.append(Case("sample", f"vocab{vocab}", lambda rng, v=vocab: (sample_inputs(rng, 60, v), {}), exact=True))
+    for vocab in (5, 16, 300, 5000):
+        cases.append(Case("sample_masked", f"vocab{vocab}", lambda rng, v=vocab: (masked_inputs(rng, 60, v), {}), exact=True))
     for dtype in DTYPES:
         mixed = {"lens": [70, 1, 33, 130], "queries": [1, 1, 33, 70], "heads": 2, "group": 3, "dim": 64}
         cases += [

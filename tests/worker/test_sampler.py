@@ -127,6 +127,24 @@ def test_a_row_with_only_a_mask() -> None:
     assert [row.error is None for row in found] == [True, False, False, True]
 
 
+def test_masked_rows_among_others_are_drawn_as_if_the_mask_were_on_their_logits() -> None:
+    """Masks come in another order than rows, and some rows have none; penalties send a masked row through the other path."""
+    rng = np.random.default_rng(4)
+    logits_RV = rng.standard_normal((9, VOCAB)).astype(np.float32) * 2
+    bits = np.zeros((9, (VOCAB + 31) // 32 * 32), np.uint8)
+    bits[:, :VOCAB] = rng.random((9, VOCAB)) < 0.4
+    bits[:, 5] = 1
+    slots = [7, 2, 4, 0, 8]
+    masks = Masks(slots=slots, words=np.packbits(bits[slots], axis=1, bitorder="little").tobytes())
+    params = [SamplingParams(temperature=0.9, top_p=0.9, min_p=0.01, seed=i) for i in range(9)]
+    params[2], params[8] = greedy(), params[8].clone(logit_bias={6: 0.0}, logprobs=1)
+    laid_RV = logits_RV.copy()
+    laid_RV[slots] = np.where(bits[slots][:, :VOCAB] == 1, laid_RV[slots], -np.inf)
+    expected = [row.token_ids for row in run(params, laid_RV)]
+    assert [row.token_ids for row in run(params, logits_RV, masks=masks)] == expected
+    assert expected != [row.token_ids for row in run(params, logits_RV)]
+
+
 def test_grammar_mask_is_last_and_only_for_its_slot() -> None:
     words = np.zeros((1, 2), np.uint32)
     words[0, 0] = 1 << 11 | 1 << 12

@@ -11,6 +11,8 @@ constexpr int kBlockRows = 6;    // the same of a block-quantised product
 constexpr int kBlockPanels = 2;
 constexpr int kStoredRows = 4;   // rows x 1 panel of one read where it is stored
 constexpr int kUnpackRows = 8;   // with more rows than these panels are unpacked first
+constexpr int kI8Rows = 12;      // rows x panels of accumulators of a product with one scale an output
+constexpr int kI8Panels = 2;
 
 typedef __m512 f32x16;
 typedef __m512i i32x16;
@@ -38,6 +40,9 @@ PG_INLINE f32x16 select_lt(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
 // x - floor(x), and p * 2^floor(x); infinities and what lies below the smallest numbers included.
 PG_INLINE f32x16 fraction(f32x16 x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 PG_INLINE f32x16 times_power(f32x16 p, f32x16 x) { return _mm512_scalef_ps(p, x); }
+#define PG_HAS_COMPRESS   // else kernels/sample.h has one
+// The lanes whose bit is set, one behind the other; up to 16 numbers are written.
+PG_INLINE void store_chosen(float* to, f32x16 v, uint32_t lanes) { _mm512_storeu_ps(to, _mm512_maskz_compress_ps(__mmask16(lanes), v)); }
 PG_INLINE bool any_above(f32x16 v, float x) { return _mm512_cmp_ps_mask(v, set1(x), _CMP_GT_OQ) != 0; }
 // Lanes lo <= i < hi of v, `other` elsewhere; lo and hi may lie outside 0..16.
 PG_INLINE f32x16 keep_lanes(f32x16 v, int64_t lo, int64_t hi, f32x16 other) {
@@ -78,10 +83,15 @@ PG_INLINE f32x16 load_i8(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtep
 // To the nearest integer, ties to even.
 PG_INLINE i32x16 round_i32(f32x16 v) { return _mm512_cvtps_epi32(v); }
 PG_INLINE int32_t sum_lanes(i32x16 v) { return _mm512_reduce_add_epi32(v); }
-// The bits of the largest |x| of both; not below 0x7f800000 when there is an infinity or a NaN.
-PG_INLINE int32_t largest_magnitude(f32x16 a, f32x16 b) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(bits(a), magnitude), _mm512_and_si512(bits(b), magnitude)));
+PG_INLINE i32x16 imax(i32x16 a, i32x16 b) { return _mm512_max_epi32(a, b); }
+PG_INLINE int32_t largest(i32x16 v) { return _mm512_reduce_max_epi32(v); }
+PG_INLINE i32x16 magnitude(f32x16 v) { return _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff)); }   // the bits of |x|
+// Lane i becomes lane i ^ kBit.
+template <int kBit>
+PG_INLINE f32x16 swap_lanes(f32x16 v) {
+    if constexpr (kBit == 1) return _mm512_permute_ps(v, 0xb1);
+    else if constexpr (kBit == 2) return _mm512_permute_ps(v, 0x4e);
+    else return _mm512_shuffle_f32x4(v, v, kBit == 4 ? 0xb1 : 0x4e);
 }
 PG_INLINE void store_i8(int8_t* p, i32x16 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
 // The low halves of lanes.

@@ -39,6 +39,7 @@ _SAME_ROWS: dict[str, tuple[int, ...]] = {
     "row_logsumexp": (0, 1),
     "row_is_finite": (0, 1),
     "sample": (0, 1, 2, 3, 4, 5, 6, 7),
+    "sample_masked": (1, 2, 3, 4, 5, 6, 7, 8, 9),
 }
 
 
@@ -203,4 +204,21 @@ def sample(
 ) -> Array:
     out = _new(logits_RV, None, np.int32)
     _emit("sample", (logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, out))
+    return out
+
+
+@implements("sample_masked", device=NATIVE)
+def sample_masked(
+    logits_RV: Array,
+    row_M: Array,
+    mask_MB: Array,
+    temperature_M: Array,
+    top_k_M: Array,
+    top_p_M: Array,
+    min_p_M: Array,
+    seed_M: Array,
+    position_M: Array,
+) -> Array:
+    out = _new(row_M, None, np.int32)
+    _emit("sample_masked", (logits_RV, row_M, mask_MB, temperature_M, top_k_M, top_p_M, min_p_M, seed_M, position_M, out))
     return out

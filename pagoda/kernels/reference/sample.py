@@ -8,7 +8,7 @@ import numpy as np
 
 from pagoda.kernels.table import implements
 
-__all__ = ["philox_uniform", "sample"]
+__all__ = ["philox_uniform", "sample", "sample_masked"]
 
 Array = Any
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -42,6 +42,13 @@ def sample(
     columns = zip(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, strict=True)
     ids = [_sample_row(np.asarray(row), float(t), int(k), float(p), float(m), int(s), int(i)) for row, t, k, p, m, s, i in columns]
     return np.asarray(ids, np.int32)
+
+
+@implements("sample_masked", device="reference")
+def sample_masked(logits_RV: Array, row_M: Array, mask_MB: Array, *parameters_M: Array) -> Array:
+    logits_MV = np.asarray(logits_RV)[np.asarray(row_M)]
+    allowed_MV = np.unpackbits(np.asarray(mask_MB), axis=1, bitorder="little", count=logits_MV.shape[1])
+    return sample(np.where((allowed_MV == 1) | ~(logits_MV < np.inf), logits_MV, -np.inf), *parameters_M)
 
 
 def _sample_row(
