@@ -126,6 +126,7 @@ class ServerConfig:
     stream_stall_timeout: float = field(60.0, "seconds a stream may wait for its reader before its request ends; 0: for ever", metavar="SECONDS")
     stream_buffer_bytes: int = field(4 << 20, "about how much of a stream may wait for its reader before its request ends; 0: no bound", metavar="BYTES")
     strict_fields: bool = field(False, "answer 400 to fields nobody knows, instead of a warning header")
+    enable_tokenizer_info_endpoint: bool = field(False, "serve GET /tokenizer_info: tokenizer_config.json with the chat template")
     trust_request_chat_template: bool = field(False, "let requests bring a `chat_template` of their own")
     default_chat_template_kwargs: str | None = field(None, "JSON with arguments of the chat template where a request gives none", metavar="JSON")
     enable_force_include_usage: bool = field(False, "let every stream end with its usage")

@@ -112,6 +112,7 @@ def routes(state: ServerState) -> list[Row]:
             ),
             _text_endpoint(tokenize.detokenize),
         ),
+        *([_TOKENIZER_INFO] if state.config.enable_tokenizer_info_endpoint else []),
         Row(RouteDoc(path="/openapi.json", methods=("GET",), summary="this document", errors=(401,)), _openapi),
     ]
     return rows
@@ -176,6 +177,14 @@ async def _models(request: Request) -> Response:
 async def _model(request: Request) -> Response:
     context, _ = health.state_of(request).get()
     return _json(retrieve_model(request.path_params["model"], context))
+
+
+async def _tokenizer_info(request: Request) -> Response:
+    context, _ = health.state_of(request).get()
+    return JSONResponse(tokenize.tokenizer_info(context))
+
+
+_TOKENIZER_INFO = Row(RouteDoc(path="/tokenizer_info", methods=("GET",), summary="the tokenizer's configuration", errors=(401, 503)), _tokenizer_info)
 
 
 async def _openapi(request: Request) -> Response:

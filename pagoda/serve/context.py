@@ -38,6 +38,8 @@ class TokenizerLike(Protocol):
 
     special_ids: frozenset[int]
 
+    config: dict[str, Any]  # as the model's tokenizer_config.json says
+
     infill_ids: dict[str, int]  # fim_prefix, fim_suffix, fim_middle, where the model has them
 
     def token_to_id(self, token: str) -> int | None: ...
@@ -51,6 +53,8 @@ class TokenizerLike(Protocol):
 
 class ChatTemplateLike(Protocol):
     """The part of `text.template.ChatTemplate` that protocols use."""
+
+    sources: dict[str, str]  # by name, `default` first
 
     def render(
         self,
@@ -123,6 +127,14 @@ class ModelContext:
         if name is not None and name not in self.model_names:
             known = ", ".join(f"`{n}`" for n in self.model_names)
             raise NotFound(f"the model `{name}` does not exist; this server has {known}", param="model", code="model_not_found")
+
+    def check_max_tokens(self, name: str, value: int | None) -> None:
+        """Raises InvalidRequest where the field `name` asks for more than the whole context; what a prompt leaves of it is not looked at."""
+        if value is not None and value > self.max_model_len:
+            raise InvalidRequest(
+                f"`{name}` is {value}, but the model's context is {self.max_model_len} tokens, prompt included: ask for fewer",
+                param=name, code="context_length_exceeded",
+            )  # fmt: skip
 
 
 class ServerState:

@@ -210,7 +210,9 @@ def parse(raw: bytes, given_id: str | None, context: ModelContext) -> Call:
     logprobs = _num_logprobs(body, context)
     extra = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     text, token_ids = chat_prompt(body, context, **extra)
-    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = getattr(body, name)
+    context.check_max_tokens(name, max_tokens)
     wanted = plan.grammar or structured_outputs(body)
     warnings += structured_warnings(wanted)
     if wanted is not None:

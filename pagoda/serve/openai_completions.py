@@ -95,6 +95,7 @@ def parse(raw: bytes, given_id: str | None, context: ModelContext) -> Call:
     prompts = _prompts(body, context)
     is_scoring = body.max_tokens == 0
     ranks = best_of > num_samples
+    context.check_max_tokens("max_tokens", body.max_tokens)
     changes: dict[str, object] = {"logprobs": 0 if ranks and body.logprobs is None else body.logprobs}
     if body.max_tokens is not None:
         changes["max_tokens"] = 1 if is_scoring else body.max_tokens

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes: a text or a chat -> token ids, and back."""
+"""POST /tokenize and /detokenize, in vLLM's shapes: a text or a chat -> token ids, and back. GET /tokenizer_info, where it is wanted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pagoda.serve.context import ModelContext
 from pagoda.serve.openai_chat import chat_prompt
 from pagoda.serve.wire import Int, decode_body
 
-__all__ = ["DetokenizeRequest", "DetokenizeResponse", "TokenizeRequest", "TokenizeResponse", "detokenize", "tokenize"]
+__all__ = ["DetokenizeRequest", "DetokenizeResponse", "TokenizeRequest", "TokenizeResponse", "detokenize", "tokenize", "tokenizer_info"]
+
+_PATHS = {"vocab_file", "merges_file", "name_or_path"}
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -68,3 +70,19 @@ def detokenize(raw: bytes, context: ModelContext) -> tuple[DetokenizeResponse, l
     if any(not 0 <= i < size for i in body.tokens):
         raise InvalidRequest(f"`tokens` has ids outside 0..{size - 1}", param="tokens")
     return DetokenizeResponse(prompt=context.tokenizer.decode(body.tokens, skip_special_tokens=False)), warnings
+
+
+def tokenizer_info(context: ModelContext) -> dict[str, Any]:
+    """tokenizer_config.json without paths; tokens as texts, and the chat template that is in force."""
+    config = {name: _plain(value) for name, value in context.tokenizer.config.items() if name not in _PATHS}
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    if context.template is not None and "default" in context.template.sources:
+        config["chat_template"] = context.template.sources["default"]
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """Added tokens, which are objects with a `content`, as that."""
+    if isinstance(value, dict):
+        return value["content"] if "content" in value else {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

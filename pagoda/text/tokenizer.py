@@ -32,7 +32,8 @@ _CONFIGURED_CLASSES = ("Llama", "CodeLlama", "Gemma", "Cohere")
 
 
 class Tokenizer:
-    """`special_tokens` maps roles (`bos_token`, `eos_token`, ...) to texts; `eos_ids` are all that end an answer."""
+    """`special_tokens` maps roles (`bos_token`, `eos_token`, ...) to texts; `eos_ids` are all that end an answer;
+    `config` is tokenizer_config.json, or what such a file would say where the model has none."""
 
     def __init__(
         self,
@@ -42,8 +43,10 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         chat_templates: dict[str, str] | None = None,
         infill_ids: dict[str, int] | None = None,
+        config: dict[str, Any] | None = None,
     ) -> None:
         self.backend = backend
+        self.config = config or {"tokenizer_class": "PreTrainedTokenizerFast", **(special_tokens or {})}
         self.special_tokens = special_tokens or {}
         self.chat_templates = chat_templates or {}
         self.infill_ids = infill_ids or _infill_ids(backend)
@@ -89,7 +92,7 @@ class Tokenizer:
         if not eos_ids and (directory / "config.json").exists():
             eos_ids = _ids_in(read_json(directory / "config.json"))
         _configure_template(backend, files)
-        return cls(backend, special_tokens=files.special_tokens, eos_ids=eos_ids, chat_templates=files.chat_templates)
+        return cls(backend, special_tokens=files.special_tokens, eos_ids=eos_ids, chat_templates=files.chat_templates, config=files.config)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises InvalidRequest where it is not valid Unicode."""

@@ -14,7 +14,7 @@ import pytest
 from pagoda.serve.openai_chat import ChatCompletionRequest
 from pagoda.serve.openai_completions import CompletionRequest
 from pagoda.serve.tokenize import DetokenizeRequest, TokenizeRequest
-from tests.serve.fakes import MODEL, Rig
+from tests.serve.fakes import MAX_MODEL_LEN, MODEL, Rig
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "hi"}
@@ -185,10 +185,25 @@ def test_unknown_fields_are_told(http: httpx.Client) -> None:
 
 
 def test_extreme_values_fit_the_worker(rig: Rig, http: httpx.Client) -> None:
-    body = {"prompt": "a", "top_k": 2**53, "max_tokens": 2**53, "seed": -(2**63), "logit_bias": {"5": 1e308}, "temperature": 1e-300}
+    body = {"prompt": "a", "top_k": 2**53, "min_tokens": 0, "seed": -(2**63), "logit_bias": {"5": 1e308}, "temperature": 1e-300}
     assert http.post(TEXT, json=body | {"request_id": "extreme"}).status_code == 200
     params = next(params for name, params in rig.engine.params.items() if name.startswith("cmpl-extreme"))
     assert (params.top_k, params.logit_bias, params.temperature) == (2**31 - 1, {5: 100.0}, 0.01)
+
+
+def test_more_tokens_than_the_context_has(http: httpx.Client) -> None:
+    """As vLLM: too many by themselves are refused by the field's name; what only the prompt leaves no room for is cut."""
+    chat, many = {"messages": [USER]}, MAX_MODEL_LEN + 1
+    for path, body, name in (
+        (CHAT, {**chat, "max_tokens": many}, "max_tokens"), (CHAT, {**chat, "max_completion_tokens": many, "max_tokens": 1}, "max_completion_tokens"),
+        (TEXT, {"prompt": "a", "max_tokens": many}, "max_tokens"), (TEXT, {"prompt": "a", "max_tokens": 2**53, "stream": True}, "max_tokens"),
+    ):  # fmt: skip
+        answer = http.post(path, json=body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == name and error["code"] == "context_length_exceeded" and str(MAX_MODEL_LEN) in error["message"]
+    for path, body in ((CHAT, {**chat, "max_tokens": MAX_MODEL_LEN}), (CHAT, {**chat, "max_tokens": many, "max_completion_tokens": 1}), (TEXT, {"prompt": "a", "max_tokens": MAX_MODEL_LEN})):
+        assert http.post(path, json=body).status_code == 200
 
 
 def test_request_id(http: httpx.Client) -> None:

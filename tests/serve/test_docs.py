@@ -17,7 +17,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "http-api.md").read_text(
 
 
 def test_every_route_is_documented() -> None:
-    state = ServerState(Rig().state.config)
+    state = ServerState(Rig(enable_tokenizer_info_endpoint=True).state.config)
     listed = {f"{method} {row.doc.path}" for row in routes(state) for method in row.doc.methods}
     told = set(re.findall(r"`((?:GET|POST) /[^`]*)`", PAGE))
     assert listed == told

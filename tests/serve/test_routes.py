@@ -69,6 +69,23 @@ def test_tokenize(http: httpx.Client) -> None:
     assert http.post("/tokenize", json={"model": "no", "prompt": "a"}).status_code == 404
 
 
+def test_tokenizer_info() -> None:
+    """Only where it is wanted; objects of added tokens become texts, paths stay here, the template is the one in force."""
+    rig = Rig(enable_tokenizer_info_endpoint=True).make_ready()
+    rig.template.sources = {"default": "{{ messages }}"}
+    token = {"__type": "AddedToken", "content": "<s>", "special": True}
+    rig.tokenizer.config = {
+        "bos_token": token, "added_tokens_decoder": {"1": token}, "vocab_file": "/secret", "extra": [token, 3], "chat_template": "old",
+    }  # fmt: skip
+    with rig.running(), httpx.Client(base_url=rig.base_url) as http:
+        assert http.get("/tokenizer_info").json() == {
+            "bos_token": "<s>", "added_tokens_decoder": {"1": "<s>"}, "extra": ["<s>", 3], "chat_template": "{{ messages }}",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }  # fmt: skip
+    with Rig().make_ready().running() as closed:
+        assert httpx.get(closed.base_url + "/tokenizer_info").status_code == 404
+
+
 def some_stats() -> EngineStats:
     recorder = StatsRecorder(MAX_MODEL_LEN, 99)
     for seconds, times in ((0.001, 1), (0.0015, 2), (99.0, 1)):
