@@ -71,6 +71,7 @@ struct linear_op {
             convert(c, x, 0, c.rows, room);
         }
         if (unpacks(c)) return multiply_unpacked(c, x, tid, num_threads);
+        if (c.t[1].dtype == PG_W_F32 || c.t[1].dtype == PG_W_BF16) return multiply_floats(c, x, tid, num_threads);
         const int64_t panels = (c.t[4].cols + 15) / 16;   // of a gated product those of the gate, each with its factor's
         const int64_t chunk = c.rows > kPartRows ? even_share(panels, num_threads)
                                                 : round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
@@ -100,16 +101,18 @@ struct linear_op {
         for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
     }
 
+    static void multiply_floats(const Call& c, const char* x, int tid, int num_threads) {
+        const int64_t stride = row_bytes(c.t[1]);
+        const Finish finish = finish_of(c);
+        if (c.t[1].dtype == PG_W_BF16) return float_product<Bf16Panels>(c, (const uint16_t*)x, stride / 2, finish, tid, num_threads);
+        if (converts(c)) return float_product<F32Panels>(c, (const float*)x, stride / 4, finish, tid, num_threads);
+        float_product<F32Panels>(c, row<float>(c.t[0], 0), c.t[0].stride, finish, tid, num_threads);
+    }
+
     // Panels [begin, end); panel `next`, unless negative, is likely to be wanted after them.
     static void multiply(const Call& c, const char* x, int64_t begin, int64_t end, int64_t next) {
         const pg_tensor& w = c.t[1];
         const Finish finish = finish_of(c);
-        switch (w.dtype) {
-            case PG_W_F32:
-                if (converts(c)) return float_panels<F32Panels>((const float*)x, row_bytes(w) / 4, w, c.rows, begin, end, next, finish);
-                return float_panels<F32Panels>(row<float>(c.t[0], 0), c.t[0].stride, w, c.rows, begin, end, next, finish);
-            case PG_W_BF16: return float_panels<Bf16Panels>((const uint16_t*)x, row_bytes(w) / 2, w, c.rows, begin, end, next, finish);
-        }
 #define PG_STORED(Format, Act) stored_panels<Format, Act>(x, w, c.rows, begin, end, next, finish)
         PG_BLOCK_FORMAT(w.dtype, PG_STORED)
 #undef PG_STORED

@@ -4,6 +4,9 @@
 // row and for a thousand. Activations are read as stored (f32) or from a rounded copy (bf16).
 #pragma once
 
+// A tile is kTileRows x kTilePanels, which reads memory best, or these, where that would leave a narrow tile or need one more.
+constexpr int kFloatRows = kTileRows >= 6 ? 8 : kTileRows, kFloatPanels = kTilePanels >= 4 ? 3 : kTilePanels;
+
 struct F32Panels {
     using Element = float;
     static constexpr int kStep = 1;   // values of K a vector of weights holds per output
@@ -62,23 +65,27 @@ static void float_tile(const typename Panels::Element* x, int64_t x_stride, cons
                        int64_t steps, int64_t r, int64_t n, Fetch& next, const Finish& finish) {
     Fetch ahead = next;
     f32x16 acc[kRows][kPanels];
+#pragma GCC unroll 12
     for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) acc[a][p] = zero();
     for (int64_t k = 0; k < steps; ++k) {
         ahead.some();
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int a = 0; a < kRows; ++a)
 #pragma GCC unroll 4
             for (int p = 0; p < kPanels; ++p)
                 acc[a][p] = Panels::step(acc[a][p], w + p * panel_bytes + k * 64, x + a * x_stride + k * Panels::kStep);
     }
     next = ahead;
+#pragma GCC unroll 12
     for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) finish(acc[a][p], r + a, n + 16 * p);
 }
 
 // A tile of `rows` rows, at most kRows.
-template <class Panels, int kPanels, int kRows = kTileRows>
+template <class Panels, int kPanels, int kRows>
 PG_INLINE void float_tile_of(int64_t rows, const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
                              int64_t steps, int64_t r, int64_t n, Fetch& next, const Finish& finish) {
     if constexpr (kRows > 1)
@@ -87,35 +94,106 @@ PG_INLINE void float_tile_of(int64_t rows, const typename Panels::Element* x, in
 }
 
 // Tiles are as even as can be: one of a row or two at the end would wait for its own chains of additions.
-template <class Panels, int kPanels>
+template <class Panels, int kPanels, int kRows>
 static void float_rows(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
                        int64_t steps, int64_t rows, int64_t n, Fetch& next, const Finish& finish) {
     int64_t r = 0;
-    for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+    for (int64_t tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
         const int64_t now = (rows - r + tiles - 1) / tiles;
-        float_tile_of<Panels, kPanels>(now, x + r * x_stride, x_stride, w, panel_bytes, steps, r, n, next, finish);
+        float_tile_of<Panels, kPanels, kRows>(now, x + r * x_stride, x_stride, w, panel_bytes, steps, r, n, next, finish);
         r += now;
     }
 }
 
-// All rows against panels [begin, end); panel `after`, unless negative, is likely to come then.
-template <class Panels>
-static void float_panels(const typename Panels::Element* x, int64_t x_stride, const pg_tensor& weight, int64_t rows,
-                         int64_t begin, int64_t end, int64_t after, const Finish& finish) {
-    const int64_t steps = (weight.cols + Panels::kStep - 1) / Panels::kStep, panel_bytes = steps * 64, panels = (weight.rows + 15) / 16;
-    const char* w = static_cast<const char*>(weight.data);
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    int64_t p = begin;
-    for (; p + kTilePanels <= end; p += kTilePanels) {
-        const int64_t ahead = p + kTilePanels < end ? p + kTilePanels : after, left = ahead < 0 ? 0 : panels - ahead;
-        const int64_t bytes = (left < kTilePanels ? left : kTilePanels) * panel_bytes;
-        Fetch next = fetch(w + ahead * panel_bytes, rows > 1 ? bytes : 0, steps * tiles, tiles == 1);
-        float_rows<Panels, kTilePanels>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, next, finish);
+// Panels shared out in two halves, a few at a time: even threads walk the first half up and odd ones the second, then each helps in
+// the other. So a thread knows what it will take next, walks memory upwards, and has as much to do as the others.
+struct Halves {
+    std::atomic<int64_t>* ticket;   // how many shares were taken of the second half and, in the low 32 bits, of the first
+    int64_t count, first, share;    // panels of all, of the first half, of a share
+    int64_t others;                 // threads in the same half
+    bool is_odd;
+
+    static Halves of(const Call& c, int64_t count, int64_t share, int tid, int num_threads) {
+        return {c.ticket, count, num_threads > 1 ? (count + 1) / 2 : count, share, (num_threads - 1) / 2, tid % 2 == 1};
     }
-    Fetch nothing{};
-    if constexpr (kTilePanels > 2)
-        for (; p + 2 <= end; p += 2)
-            float_rows<Panels, 2>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, nothing, finish);
-    for (; p < end; ++p)
-        float_rows<Panels, 1>(x, x_stride, w + p * panel_bytes, panel_bytes, steps, rows, p * 16, nothing, finish);
+    // Panels [begin, end).
+    struct Range {
+        int64_t begin, end;
+    };
+    PG_MEMBER Range place(bool second, int64_t n) const {
+        const int64_t begin = (second ? first : 0) + n * share, stop = second ? count : first, end = begin + share;
+        return {begin, end < stop ? end : stop};
+    }
+    // False when nothing is left. `likely` is what this thread will take after it; empty when it cannot tell.
+    bool take(Range* now, Range* likely) const {
+        for (const bool second : {is_odd, !is_odd}) {
+            const uint64_t taken = uint64_t(ticket->fetch_add(second ? int64_t(1) << 32 : 1, std::memory_order_relaxed));
+            const int64_t n = int64_t(second ? taken >> 32 : taken & 0xffffffff);
+            *now = place(second, n);
+            *likely = place(second, n + 1 + others);
+            if (now->begin < now->end) return true;
+        }
+        return false;
+    }
+};
+
+// A weight as panels, and who multiplies which.
+template <class Panels, int kPanels, int kRows>
+struct FloatProduct {
+    using Element = typename Panels::Element;
+
+    const Call& c;
+    const Element* x;
+    const int64_t x_stride;
+    const Finish& finish;
+    const int64_t steps, panel_bytes, panels;   // of a gated product the gate's
+    const char* const weight;
+
+    FloatProduct(const Call& call, const Element* rows, int64_t stride, const Finish& then)
+        : c(call), x(rows), x_stride(stride), finish(then), steps((c.t[1].cols + Panels::kStep - 1) / Panels::kStep), panel_bytes(steps * 64),
+          panels((c.t[4].cols + 15) / 16), weight(static_cast<const char*>(c.t[1].data)) {}
+
+    Halves halves(int tid, int num_threads) const {
+        const int64_t most = panels / ((c.rows == 1 ? 4 : 32) * num_threads) / kPanels * kPanels, least = panels / (2 * num_threads);
+        return Halves::of(c, panels, most > 0 ? most : least > kPanels ? kPanels : least > 1 ? least : 1, tid, num_threads);
+    }
+
+    // One row reads panels as fast as memory gives them; with more, the panels that come next are fetched meanwhile.
+    Fetch ahead(int64_t panel, int64_t end) const {
+        const int64_t count = end - panel < kPanels ? end - panel : kPanels, tiles = (c.rows + kRows - 1) / kRows;
+        return fetch(weight + panel * panel_bytes, c.rows > 1 ? count * panel_bytes : 0, steps * tiles, tiles == 1);
+    }
+
+    void run(int tid, int num_threads) const {
+        const Halves shared = halves(tid, num_threads);
+        Halves::Range now, likely;
+        while (shared.take(&now, &likely))
+            for (int64_t p = now.begin; p < now.end; p += kPanels) {
+                const int64_t count = now.end - p < kPanels ? now.end - p : kPanels;
+                Fetch next = p + kPanels < now.end ? ahead(p + kPanels, now.end) : ahead(likely.begin, likely.end);
+                if (c.i[1]) {
+                    Fetch factor = ahead(p + panels, p + panels + count);
+                    multiply<kPanels>(p, count, factor);
+                    multiply<kPanels>(p + panels, count, next);
+                } else {
+                    multiply<kPanels>(p, count, next);
+                }
+            }
+    }
+
+    // All rows against `count` panels, at most kCount.
+    template <int kCount>
+    void multiply(int64_t panel, int64_t count, Fetch& next) const {
+        if constexpr (kCount > 1)
+            if (count < kCount) return multiply<kCount - 1>(panel, count, next);
+        float_rows<Panels, kCount, kRows>(x, x_stride, weight + panel * panel_bytes, panel_bytes, steps, c.rows, panel * 16, next, finish);
+    }
+};
+
+template <class Panels>
+static void float_product(const Call& c, const typename Panels::Element* x, int64_t x_stride, const Finish& finish, int tid, int num_threads) {
+    const bool is_wide = c.rows > 2 * kFloatRows && (c.t[4].cols + 15) / 16 % (2 * kTilePanels) == 0;
+    if (c.rows == 1) FloatProduct<Panels, kTilePanels, 1>(c, x, x_stride, finish).run(tid, num_threads);
+    else if (is_wide) FloatProduct<Panels, kTilePanels, kTileRows>(c, x, x_stride, finish).run(tid, num_threads);
+    else FloatProduct<Panels, kFloatPanels, kFloatRows>(c, x, x_stride, finish).run(tid, num_threads);
 }
