@@ -1,12 +1,16 @@
 """What a token costs in front of the engine: detokenizing, JSON, the event, the socket. The engine is one that does nothing.
 
-    .venv/bin/python benchmarks/front_end.py [--streams 256] [--tokens 200] [--route chat]
+    .venv/bin/python benchmarks/front_end.py [--streams 256] [--tokens 200] [--route chat] [--vllm build/peers/vllm/venv/bin/python]
 
 A process serves the real application over a core that gives every running request one token per turn of the event loop; this
 process reads, and asks the operating system for the CPU seconds that the other one spent. Two figures:
 
     microseconds of CPU per token, one event per token, at so many streams
     requests per second of one token each, and their CPU milliseconds
+
+With `--vllm` (the Python of an environment that has vLLM; `make bench-peers` makes one) the same client then loads vLLM's server and ours over a
+model of one layer with random weights, each with its engine in a process of its own, and counts the CPU time of the API process alone: what
+its engine sends is received and decoded in there too, which the engine that does nothing spares.
 """
 
 from __future__ import annotations
@@ -15,9 +19,18 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterable
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -147,20 +160,107 @@ async def wait_for(port: int) -> None:
     raise SystemExit("the server did not start")
 
 
-async def run(options: argparse.Namespace, process: psutil.Process) -> None:
+class Found(NamedTuple):
+    us_per_token: float  # of CPU
+    requests_per_second: float  # of one token each
+
+
+async def run(options: argparse.Namespace, process: psutil.Process, port: int, who: str, model: str | None = None) -> Found:
+    """Loads the server on `port` and prints its two figures."""
     path, asked = PATHS[options.route], {"prompt": "Hello"} if options.route == "text" else {"messages": [{"role": "user", "content": "Hello"}]}
-    await wait_for(options.port)
-    body = {**asked, "stream": True, "max_tokens": options.tokens, "temperature": 0}
-    await measure(process, options.port, path, [body | {"max_tokens": 20}] * 16, 16)  # everything is loaded
-    found = await measure(process, options.port, path, [body] * options.streams, options.streams)
+    body = {**asked, "stream": True, "max_tokens": options.tokens, "temperature": 0, "ignore_eos": True} | ({"model": model} if model else {})
+    await measure(process, port, path, [body | {"max_tokens": 20}] * 16, 16)  # everything is loaded
+    found = await measure(process, port, path, [body] * options.streams, options.streams)
     num_tokens = options.streams * options.tokens
+    per_token = 1e6 * found.cpu_seconds / num_tokens
     print(
-        f"{options.streams} streams of {options.tokens} tokens, {options.route}: {1e6 * found.cpu_seconds / num_tokens:.1f} us of CPU per token, "
-        f"{num_tokens / found.seconds:,.0f} tokens/s, {found.events / num_tokens:.2f} events per token"
+        f"{who}: {options.streams} streams of {options.tokens} tokens, {options.route}: {per_token:.1f} us of CPU per token, "
+        f"{num_tokens / found.seconds:,.0f} tokens/s, {found.events / num_tokens:.2f} events per token",
+        flush=True,
     )
-    short = {**asked, "max_tokens": 1, "temperature": 0}
-    many = await measure(process, options.port, path, [short] * options.requests, 64)
-    print(f"{options.requests} requests of 1 token: {options.requests / many.seconds:,.0f} requests/s, {1e3 * many.cpu_seconds / options.requests:.2f} ms of CPU each")
+    short = {**body, "stream": False, "max_tokens": 1}
+    many = await measure(process, port, path, [short] * options.requests, 64)
+    rate = options.requests / many.seconds
+    print(f"{who}: {options.requests} requests of 1 token: {rate:,.0f} requests/s, {1e3 * many.cpu_seconds / options.requests:.2f} ms of CPU each", flush=True)
+    return Found(per_token, rate)
+
+
+# ---- beside vLLM
+
+
+def write_tiny(folder: Path) -> None:
+    """A random Llama of one layer with the default model's tokenizer and template: an engine with nearly nothing to do."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pagoda.executor.front import load_front
+
+    front = load_front(EngineConfig())
+    end = front.eos_token_ids[0]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=front.tokenizer.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=64, max_position_embeddings=MAX_MODEL_LEN, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    front.tokenizer.backend.save(str(folder / "tokenizer.json"))
+    assert front.template is not None
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", **front.tokenizer.special_tokens, "chat_template": front.template.sources["default"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+
+@contextmanager
+def server(command: list[str], port: int, log: Path, seconds: float, **env: str) -> Iterator[psutil.Process]:
+    """The API process of a server that answers; its whole group ends with the block. SystemExit where it does not get there."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, **env}, process_group=0)
+    try:
+        give_up = time.monotonic() + seconds
+        while not _answers(port):
+            if process.poll() is not None or time.monotonic() > give_up:
+                last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+                raise SystemExit(f"`{' '.join(command[:4])} ...` does not serve: {' / '.join(last)}")
+            time.sleep(0.2)
+        yield psutil.Process(process.pid)
+    finally:
+        _end(process)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the server, and what is left of its group is killed."""
+    process.terminate()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def beside_vllm(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tiny(folder / "tiny")
+        model, port = str(folder / "tiny"), options.port + 1
+        sizes = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(options.streams), "--port", str(port), "--host", HOST, "--disable-log-stats"]
+        ours = [sys.executable, "-m", "pagoda.cli", "serve", model, *sizes]
+        theirs = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "bfloat16", "--enforce-eager", *sizes]
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        found = []
+        for who, command, more in (("pagoda serve", ours, {}), ("vllm serve", theirs, env)):
+            with server(command, port, folder / "log", options.start_seconds, **more) as process:
+                found.append(asyncio.run(run(options, process, port, who, model if who.startswith("vllm") else None)))
+        a, b = found
+        print(f"vLLM's API process takes {b.us_per_token / a.us_per_token:.1f} times our CPU per token; we answer {a.requests_per_second / b.requests_per_second:.1f} times its requests")
 
 
 def main() -> None:
@@ -170,14 +270,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--route", choices=list(PATHS), default="chat")
     parser.add_argument("--port", type=int, default=18431)
+    parser.add_argument("--vllm", metavar="PYTHON", help="the Python of an environment with vLLM, whose server is then measured too")
+    parser.add_argument("--start-seconds", type=float, default=300, help="most seconds until a server answers")
     options = parser.parse_args()
     child = multiprocessing.get_context("spawn").Process(target=serve, args=(options.port,), daemon=True)
     child.start()
     try:
-        asyncio.run(run(options, psutil.Process(child.pid)))
+        asyncio.run(wait_for(options.port))
+        asyncio.run(run(options, psutil.Process(child.pid), options.port, "null engine"))
     finally:
         child.terminate()
         child.join()
+    if options.vllm:
+        beside_vllm(options)
 
 
 if __name__ == "__main__":
