@@ -39,6 +39,7 @@ MAX_STOP_STRINGS = 16
 MAX_BANNED_STRINGS = 256
 MAX_BREAKERS = 64
 MAX_LOGPROB_TOKEN_IDS = 128
+MAX_DEVICE_LOGPROBS = 128  # a request for more is drawn on the host
 MAX_PATTERN = 1024  # tokens of a repeated pattern
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
@@ -180,10 +181,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     extra_args: dict[str, Any] | None = None  # for logits processors of plug-ins
 
     @property
-    def is_plain(self) -> bool:
-        """Nothing but temperature, top_k, top_p, min_p and the seed decides which token is drawn, and nothing more is reported
-        of it: the fused draw suffices."""
-        return all(getattr(self, name) == value for name, value in _PLAIN_VALUES)
+    def is_drawn_on_device(self) -> bool:
+        """A GPU does by itself whatever is between the logits and the token, and reports what is asked of it (`worker/device_steps.py`):
+        nothing of the draw needs the host, so the next token can be planned before this one is known."""
+        return (
+            all(getattr(self, name) == value for name, value in _OFF_VALUES)
+            and (self.logprobs is None or 0 <= self.logprobs <= MAX_DEVICE_LOGPROBS)
+            and not (self.logprobs_mode or "").startswith("processed_")
+            and all(len(word) == 1 for word in self.bad_words_token_ids or ())
+        )
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -273,12 +279,11 @@ def _check(ok: bool, param: str, rule: str, value: object) -> None:
         raise InvalidRequest(f"`{param}` {rule}, got {value!r}", param=param)
 
 
-_NOT_PLAIN = (
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "logprobs", "prompt_logprobs", "logit_bias",
-    "allowed_token_ids", "bad_words_token_ids", "typical_p", "top_n_sigma", "dynatemp_range", "xtc_probability", "dry_multiplier",
+_ON_HOST = (
+    "prompt_logprobs", "logprob_token_ids", "typical_p", "top_n_sigma", "dynatemp_range", "xtc_probability", "dry_multiplier",
     "mirostat_mode", "thinking_token_budget",
 )  # fmt: skip
-_PLAIN_VALUES = tuple((name, getattr(SamplingParams(), name)) for name in _NOT_PLAIN)
+_OFF_VALUES = tuple((name, getattr(SamplingParams(), name)) for name in _ON_HOST)
 
 
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -107,7 +107,7 @@ class EngineCore:
         self._recorder.on_arrival(request.params.n, request.params.max_tokens)
         for sample in samples:
             sample.metrics.queued_time = now
-            sample.runs_ahead = self._plans_ahead and request.grammar is None and sample.params.is_plain
+            sample.runs_ahead = self._plans_ahead and request.grammar is None and sample.params.is_drawn_on_device
             if request.grammar is None:
                 self._scheduler.enqueue(sample)
             else:

@@ -101,7 +101,7 @@ def _fit(config: EngineConfig, facts: ModelFacts, device: Device, model: Model, 
         forward.why = "--enforce-eager"
     else:
         forward.why = f"attention backend {backend.name} cannot be captured"
-    runner = DeviceRunner(device, table, state, forward, store, sizes, facts.vocab_size, num_steps=depth)
+    runner = DeviceRunner(device, table, state, forward, store, sizes, facts.vocab_size, num_steps=depth, dtype=config.model.dtype)
     device.synchronize()
     return RunnerParts(
         runner, model, budget, f"triton on {device.name}", state.nbytes, workspace_nbytes=workspace, graphs_nbytes=forward.graphs_nbytes,

@@ -1,7 +1,7 @@
 """What is done to many rows of logits at once on a GPU; on a CPU `worker/logits` does it row by row, where a request asks.
 
-R rows, V vocabulary, N slots of the running batch (a request keeps its slot), M masks, K ids of a row. A row or a mask whose
-slot or row is negative is skipped, so that a captured batch may hold padding.
+R rows, V vocabulary, N slots of the running batch (a request keeps its slot), L the longest sequence, M of the rows or slots, E edits,
+K ids of a row. Where the row or slot is negative nothing is done.
 """
 
 from __future__ import annotations
@@ -11,10 +11,20 @@ from typing import Any
 from pagoda.kernels import reference as _reference  # registers the reference implementations
 from pagoda.kernels.table import lookup
 
-__all__ = ["apply_bitmask", "count_tokens", "penalize", "pick_logprobs"]
+__all__ = ["add_at", "apply_bitmask", "copy_rows", "count_tokens", "penalize", "pick_logprobs", "put_ids", "top_tokens"]
 
 assert _reference
 Array = Any
+
+
+def copy_rows(source_RV: Array, row_M: Array, out_NV: Array, place_M: Array | None = None) -> None:
+    """out[place[m]] = source[row[m]], in the type of `out`; without places, out[m]."""
+    lookup("copy_rows", source_RV)(source_RV, row_M, out_NV, place_M)
+
+
+def add_at(logits_RV: Array, row_E: Array, id_E: Array, value_E: Array) -> None:
+    """logits[row[e], id[e]] += value[e], float32, in place. A place is named by one finite value at most, and by any number of -inf."""
+    lookup("add_at", logits_RV)(logits_RV, row_E, id_E, value_E)
 
 
 def apply_bitmask(logits_RV: Array, words_MW: Array, row_M: Array) -> None:
@@ -22,13 +32,14 @@ def apply_bitmask(logits_RV: Array, words_MW: Array, row_M: Array) -> None:
     lookup("apply_bitmask", logits_RV)(logits_RV, words_MW, row_M)
 
 
-def count_tokens(seen_NV: Array, slot_T: Array, token_T: Array, *, is_prompt: bool) -> None:
-    """Notes tokens of slots for `penalize`. In place.
+def count_tokens(
+    seen_NV: Array, tokens_NL: Array, slot_M: Array, begin_M: Array, end_M: Array, num_prompt_M: Array, *, longest: int
+) -> None:
+    """Notes the tokens [begin, end) of some slots for `penalize`, in place. `longest`: no end - begin is larger.
 
-    seen is int32: the lowest bit says that the prompt has the token, the rest is twice how often the output has it. A
-    slot may be named many times.
+    seen is int32: the lowest bit says that the prompt has the token, the rest is twice how often the output has it.
     """
-    lookup("count_tokens", seen_NV)(seen_NV, slot_T, token_T, is_prompt=is_prompt)
+    lookup("count_tokens", seen_NV)(seen_NV, tokens_NL, slot_M, begin_M, end_M, num_prompt_M, longest=longest)
 
 
 def penalize(
@@ -42,9 +53,19 @@ def penalize(
     lookup("penalize", logits_RV)(logits_RV, seen_NV, slot_R, repetition_R, frequency_R, presence_R)
 
 
-def pick_logprobs(logits_RV: Array, logsumexp_R: Array, ids_RK: Array) -> tuple[Array, Array]:
-    """Log-probabilities of chosen ids, and the rank of the first of them -> float32 (R, K), int32 R.
+def put_ids(ids_R: Array, row_M: Array, id_M: Array, is_good_M: Array) -> None:
+    """ids[row[m]] = id[m], or -1 where it is not good. In place."""
+    lookup("put_ids", ids_R)(ids_R, row_M, id_M, is_good_M)
 
-    logits[r, ids[r, k]] - logsumexp[r]; -inf for a negative id. Rank 1 is the largest; equal logits share one.
+
+def top_tokens(logits_MV: Array, count: int) -> Array:
+    """The `count` largest logits of every row, lower ids first where they are equal -> int32 ids (M, count)."""
+    return lookup("top_tokens", logits_MV)(logits_MV, count)
+
+
+def pick_logprobs(logits_RV: Array, row_M: Array, logsumexp_M: Array, ids_MK: Array) -> tuple[Array, Array]:
+    """Log-probabilities of chosen ids, and the rank of the first of them -> float32 (M, K), int32 M.
+
+    logits[row[m], ids[m, k]] - logsumexp[m]; -inf for a negative id. Rank 1 is the largest; equal logits share one.
     """
-    return lookup("pick_logprobs", logits_RV)(logits_RV, logsumexp_R, ids_RK)  # type: ignore[no-any-return]
+    return lookup("pick_logprobs", logits_RV)(logits_RV, row_M, logsumexp_M, ids_MK)  # type: ignore[no-any-return]

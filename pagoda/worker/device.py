@@ -90,6 +90,9 @@ class Device(Protocol):
     def running(self) -> Any:
         """A context: inside it ops on this device's arrays use the kernels of a GPU."""
 
+    def beside(self) -> Any:
+        """As `running`, in a second stream: what is started inside runs beside what was started there. Nothing orders the two."""
+
     def synchronize(self) -> None: ...
 
     def memory(self) -> Memory: ...
@@ -111,6 +114,7 @@ class Cuda:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._stream = torch.cuda.Stream(self.torch_device)
+        self._beside = torch.cuda.Stream(self.torch_device, priority=-1)  # a few short kernels that somebody waits for
         self._pool = torch.cuda.graph_pool_handle()
 
     def empty(self, shape: Sequence[int] | int, dtype: str) -> Array:
@@ -150,6 +154,11 @@ class Cuda:
     @contextmanager
     def running(self) -> Iterator[None]:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
+            yield
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        with torch.inference_mode(), torch.cuda.stream(self._beside):
             yield
 
     def synchronize(self) -> None:
@@ -222,6 +231,11 @@ class Null:
     @contextmanager
     def running(self) -> Iterator[None]:
         with torch.inference_mode(), table.backend("cuda"):
+            yield
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        with self.running():
             yield
 
     def synchronize(self) -> None:

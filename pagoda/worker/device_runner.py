@@ -4,8 +4,9 @@
     forward(N+1)   the same, behind it in the stream: its inputs are the tokens that N draws, which the host has not seen
     sample(N)      waits for N's ids, the one wait there is
 
-Rows that need more than the fused draw (logprobs, a logits step, a grammar's mask) are late: their logits are copied to the
-host as part of the step, and drawn there in `sample`, by the same code as on a CPU. The brain never plans such a request
+Who draws a row is its request's kind (`device_steps`). Log-probabilities, biases, bans and penalties are the device's own. A row with a
+grammar is kept on the device until its mask is there, and drawn beside the next forward. Whatever else a request may want is drawn on
+the host, from a copy of its logits, by the same code as on a CPU. The last two are late: the brain never plans such a request
 ahead of its draw, so the next forward waits for no mask; its token comes with a later plan.
 """
 
@@ -20,10 +21,12 @@ import numpy as np
 
 from pagoda.base.plan import Masks, StepPlan, StepResult, StepRow
 from pagoda.kernels import ops
+from pagoda.kernels.triton.prepare import Counts
 from pagoda.worker.batch import Sizes, StepRows
 from pagoda.worker.device import Device, Event, Pinned, memory_errors
 from pagoda.worker.device_graphs import DeviceForward
 from pagoda.worker.device_state import DeviceState
+from pagoda.worker.device_steps import DeviceSteps, Drawn, Kind
 from pagoda.worker.device_store import DeviceStore
 from pagoda.worker.sampler import NOT_FINITE, Sampler
 from pagoda.worker.table import RequestTable
@@ -44,6 +47,8 @@ class _Rows:
     ends_S: np.ndarray  # position behind the last token computed: where a drawn token goes
     row_start_S1: np.ndarray
     early_S: np.ndarray  # drawn on the device
+    stepped_S: np.ndarray  # those of them that are more than a fused draw
+    kept_S: np.ndarray  # drawn on the device once their masks are there
     late_S: np.ndarray  # drawn, or prompts scored, on the host
     is_sampled_S: np.ndarray
     token_R: np.ndarray
@@ -59,6 +64,7 @@ class _Buffers:
     event: Event
     ids: Pinned
     logits: Pinned | None = None
+    words: Pinned | None = None  # of log-probabilities
 
 
 @dataclass
@@ -66,21 +72,23 @@ class _Launched:
     step: int
     rows: _Rows | None = None
     buffers: _Buffers | None = None
+    drawn: Drawn | None = None
     late_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     started: float = 0.0
 
 
 class DeviceRunner:
-    """`num_steps`: how many may be between their halves."""
+    """`num_steps`: how many may be between their halves; `dtype`: of logits."""
 
     def __init__(
         self, device: Device, table: RequestTable, state: DeviceState, forward: DeviceForward, store: DeviceStore, sizes: Sizes,
-        vocab_size: int, *, num_steps: int, computes: bool = True,
+        vocab_size: int, *, num_steps: int, dtype: str = "float32", computes: bool = True,
     ) -> None:  # fmt: skip
         self.table, self.sizes = table, sizes
         self._device, self._state, self._forward, self._store = device, state, forward, store
         self._vocab_size, self._computes, self.num_steps = vocab_size, computes, num_steps
         self._sampler = Sampler()
+        self._extra = DeviceSteps(device, table, state.tokens_NL, vocab_size, dtype, num_steps=num_steps)
         self._steps: deque[_Launched] = deque()
         self._free = [_Buffers(device.event(), device.pinned(max(sizes.max_rows, sizes.max_seqs), "int32")) for _ in range(num_steps + 1)]
 
@@ -104,6 +112,7 @@ class DeviceRunner:
         with self._device.running(), memory_errors("a step", "lower --max-num-batched-tokens or --gpu-memory-utilization"):
             self.table.apply(plan)
             self._state.changes.take(plan, self.table)
+            self._extra.admit(plan)
             if plan.copies:
                 self._store.copy(plan.copies)
             launched = _Launched(plan.step, started=started)
@@ -123,13 +132,26 @@ class DeviceRunner:
             logits_RV = self._forward.replay(size) if size else self._forward.run(rows.num_tokens, num_seqs, num_rows)
             if num_rows:
                 logits_RV = logits_RV[:num_rows]
-                ids_R = ops.sample(logits_RV, *(x[:num_rows] for x in self._state.inputs.draw))
-                self._state.commit(counts, ids_R)
-                self._device.copy(buffers.ids.tensor[:num_rows], ids_R)
-                self._copy_late(rows, launched, logits_RV)
+                self._draw(rows, launched, buffers, logits_RV, counts)
         buffers.event.record()
         early = rows.slots_S[rows.early_S]
         self.table.num_tokens_N[early] += 1
+
+    def _draw(self, rows: _Rows, launched: _Launched, buffers: _Buffers, logits_RV: Array, counts: Counts) -> None:
+        num_rows, last_S = len(rows.slot_R), rows.row_start_S1[1:] - 1
+        ids_R = ops.sample(logits_RV, *(x[:num_rows] for x in self._state.inputs.draw))
+        if len(chosen := rows.stepped_S):
+            words = self._extra.num_words(rows.slots_S[chosen])
+            if buffers.words is None or buffers.words.host.size < words:
+                buffers.words = self._device.pinned(max(1024, 1 << words.bit_length()), "int32")
+            launched.drawn = self._extra.draw(
+                logits_RV, ids_R, chosen, last_S[chosen], rows.slots_S[chosen], rows.ends_S[chosen], buffers.words
+            )  # fmt: skip
+        self._state.commit(counts, ids_R)
+        self._device.copy(buffers.ids.tensor[:num_rows], ids_R)
+        if len(chosen := rows.kept_S):
+            self._extra.keep(logits_RV, last_S[chosen], rows.slots_S[chosen])
+        self._copy_late(rows, launched, logits_RV)
 
     def _copy_late(self, rows: _Rows, launched: _Launched, logits_RV: Array) -> None:
         """The logits of late sequences, run after run of rows, as float32."""
@@ -158,13 +180,16 @@ class DeviceRunner:
         num_tokens = int(first_S1[-1])
         assert num_tokens <= self.sizes.max_tokens and n <= self.sizes.max_seqs, "the plan passes the step's limits"
         is_sampled_S = ends_S == table.num_tokens_N[slots_S]
-        is_late_S = is_sampled_S & table.is_redrawn_N[slots_S]
+        kind_S = self._extra.kind_N[slots_S]
         scored_S = table.wants_prompt_logprobs_N[slots_S]
         if scored_S.any():
             scored_S &= [row.num_computed < table.info(row.slot).num_prompt_tokens for row in scheduled]
-            is_late_S |= scored_S
-        early_S, late_S = np.flatnonzero(is_sampled_S & ~is_late_S), np.flatnonzero(is_late_S)
-        place_S = np.where(is_sampled_S & ~is_late_S, ends_S, ~ends_S)
+            kind_S[scored_S] = Kind.HOST
+        is_early_S = is_sampled_S & (kind_S <= Kind.STEPS)
+        early_S, stepped_S = np.flatnonzero(is_early_S), np.flatnonzero(is_early_S & (kind_S == Kind.STEPS))
+        kept_S = np.flatnonzero(is_sampled_S & (kind_S == Kind.GUIDED))
+        late_S = np.flatnonzero((is_sampled_S & (kind_S == Kind.HOST)) | scored_S)
+        place_S = np.where(is_early_S, ends_S, ~ends_S)
         is_decode = num_tokens == n and not scored_S.any()
         if is_decode:
             row_start_S1 = np.arange(n + 1, dtype=np.int32)
@@ -178,8 +203,9 @@ class DeviceRunner:
             slot_R, place_R = np.repeat(slots_S, count_S), np.repeat(place_S, count_S)
         assert len(slot_R) <= max(self.sizes.max_rows, self.sizes.max_seqs), "the plan asks for more logits rows than there is room for"
         return _Rows(
-            num_tokens, slots_S, starts_S, first_S1, ends_S, row_start_S1, early_S, late_S, is_sampled_S, token_R, slot_R, place_R, is_decode
-        )
+            num_tokens, slots_S, starts_S, first_S1, ends_S, row_start_S1, early_S, stepped_S, kept_S, late_S, is_sampled_S, token_R, slot_R,
+            place_R, is_decode,
+        )  # fmt: skip
 
     # ---- the late half
 
@@ -210,10 +236,28 @@ class DeviceRunner:
                     results[s].token_ids = [token]
                 else:
                     results[s].error = NOT_FINITE
+        for s, entry in launched.drawn.logprobs() if launched.drawn is not None else ():
+            if results[s].error is None:
+                results[s].logprobs = [entry]
+        if len(rows.kept_S):
+            self._sample_kept(rows, masks, results)
         if len(rows.late_S) and buffers.logits is not None:
             self._sample_late(rows, buffers.logits.host[: len(launched.late_rows)], masks, results)
         seconds = time.perf_counter() - started
         return StepResult(step=launched.step, rows=results, forward_seconds=started - launched.started, sample_seconds=seconds)
+
+    def _sample_kept(self, rows: _Rows, masks: Masks | None, results: list[StepRow]) -> None:
+        """Beside the next forward, on the device."""
+        slots, places = rows.slots_S[rows.kept_S], rows.ends_S[rows.kept_S]
+        ids = self._extra.draw_kept(slots, places, masks)
+        good = ids >= 0
+        self.table.append_tokens(slots[good], ids[good])
+        for s, slot, place, token in zip(rows.kept_S.tolist(), slots.tolist(), places.tolist(), ids.tolist(), strict=True):
+            if token >= 0:
+                results[s].token_ids = [token]
+                self._state.changes.drawn(slot, place, token)
+            else:
+                results[s].error = NOT_FINITE
 
     def _sample_late(self, rows: _Rows, logits_RV: np.ndarray, masks: Masks | None, results: list[StepRow]) -> None:
         """On the host, by the sampler of a CPU, which appends to the table."""

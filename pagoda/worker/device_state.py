@@ -165,6 +165,11 @@ class DeviceState:
     def nbytes(self) -> int:
         return int(self._state.nbytes) + self.inputs.nbytes + int(self._stage.nbytes)
 
+    @property
+    def tokens_NL(self) -> Array:
+        """Every known token of every slot."""
+        return self._state[: self.layout.tables].view(self.layout.num_slots, self.layout.max_len)
+
     def send(self, seqs: Sequence[np.ndarray], rows: Sequence[np.ndarray], num_padded: int) -> Counts:
         """One copy, and the kernels that make the step's inputs of it.
 

@@ -4,8 +4,9 @@ Keys and values are simulated: each (block, offset) holds the group it was writt
 ends there. A step writes when its forward starts and reads when it is sampled, so a block that is reused too early, a wrong
 block table, a stale or missing token all show up as an assertion. The next token is a hash of the prefix and the seed.
 
-As on a GPU, a plain request's token is known to the worker as soon as the forward started, so that the next step can be
-planned before it is told; one with a grammar or anything else is drawn when the step is sampled, and may not be planned ahead.
+As on a GPU, a request's token is known to the worker as soon as the forward started, so that the next step can be
+planned before it is told; one with a grammar, or with what only the host does, is drawn when the step is sampled, and may not be
+planned ahead.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ class FakeExecutor:
             row = self._slots[scheduled.slot]
             row.hashes = chain(row.tokens, row.hashes)
             self._write(row, scheduled, written)
-            if scheduled.num_computed + scheduled.num_planned == len(row.tokens) and row.new.params.is_plain and not row.new.is_guided:
-                row.tokens.append(toy_token(row.hashes[-1], row.new.params.seed or 0, set()))
+            if scheduled.num_computed + scheduled.num_planned == len(row.tokens) and row.new.params.is_drawn_on_device and not row.new.is_guided:
+                row.tokens.append(self._token(row.new, row.hashes))
             launched.append(_Launched(row, scheduled, [table.copy() for table in row.tables], row.hashes.copy()))
         self._launched[plan.step] = launched
 
@@ -183,15 +184,19 @@ class FakeExecutor:
             stop = min(end, new.num_prompt_tokens - 1)
             row.prompt_logprobs = [toy_logprob(hashes[i], new.token_ids[i + 1]) for i in range(begin, stop)]
         if end == len(hashes):
-            num_output = end - new.num_prompt_tokens
-            forbidden = set(new.stop_ids) if num_output < new.params.min_tokens else set()
-            token = toy_token(hashes[-1], new.params.seed or 0, forbidden)
+            token = self._token(new, hashes)
             row.token_ids = [token]
             if new.params.logprobs is not None:
                 row.logprobs = [toy_logprob(hashes[-1], token)]
-            if not new.params.is_plain or new.is_guided:
+            if not new.params.is_drawn_on_device or new.is_guided:
                 entry.row.tokens.append(token)
         return row
+
+    @staticmethod
+    def _token(new: NewRequest, hashes: list[int]) -> int:
+        """What is drawn behind the prefix."""
+        forbidden = set(new.stop_ids) if len(hashes) - new.num_prompt_tokens < new.params.min_tokens else set()
+        return toy_token(hashes[-1], new.params.seed or 0, forbidden)
 
     def call(self, method: str, *args: object) -> object:
         return None

@@ -52,7 +52,7 @@ def test_the_extra_step_of_a_request_that_ended_is_discarded() -> None:
     h.check_whole()
 
 
-@pytest.mark.parametrize("special", [{"logprobs": 0}, {"min_tokens": 2}, {"repetition_penalty": 1.5}, {"prompt_logprobs": 0}])
+@pytest.mark.parametrize("special", [{"dry_multiplier": 0.5}, {"logprobs": -1}, {"prompt_logprobs": 0}, {"bad_words_token_ids": [[3, 4]]}])
 def test_what_is_drawn_on_the_host_is_not_planned_ahead(special: dict[str, Any]) -> None:
     h = Harness(pipeline_depth=2)
     h.add("a", 9, max_tokens=5, **special)
@@ -60,6 +60,17 @@ def test_what_is_drawn_on_the_host_is_not_planned_ahead(special: dict[str, Any])
     h.core.launch()
     h.core.launch()
     assert h.tokens_of_plan(1) == [(1, 9, 1)], "only the plain one goes on"
+    h.run()
+    h.check_all()
+
+
+@pytest.mark.parametrize("special", [{"logprobs": 3}, {"min_tokens": 2}, {"repetition_penalty": 1.5}, {"logit_bias": {3: 1.0}}, {"bad_words_token_ids": [[3], [4]]}])
+def test_what_the_device_does_by_itself_is_planned_ahead(special: dict[str, Any]) -> None:
+    h = Harness(pipeline_depth=2)
+    h.add("a", 9, max_tokens=5, **special)
+    h.core.launch()
+    h.core.launch()
+    assert h.tokens_of_plan(1) == [(0, 9, 1)] and not h.tokens["a", 0]
     h.run()
     h.check_all()
 
@@ -79,8 +90,10 @@ def test_a_mask_delays_only_its_own_row() -> None:
     rig.check_whole()
 
 
-def test_every_field_of_a_plain_request_is_drawn_by_the_fused_op() -> None:
-    """`is_plain`, which the brain goes by, agrees with the worker's own steps, whatever field is set."""
+def test_the_brain_and_a_device_agree_on_who_draws() -> None:
+    """`is_drawn_on_device`, which the brain goes by, against what the device's worker makes of the same request, whatever field is set."""
+    pytest.importorskip("torch", reason="the device's worker computes with it")
+    from pagoda.worker.device_steps import Kind, kind_of
     from pagoda.worker.logits.chain import chain_of
 
     odd: dict[str, Any] = {
@@ -89,12 +102,16 @@ def test_every_field_of_a_plain_request_is_drawn_by_the_fused_op() -> None:
         "dynatemp_range": 0.2, "xtc_probability": 0.5, "dry_multiplier": 0.8, "mirostat_mode": 2, "temperature": 0.3, "top_p": 0.5,
         "top_k": 4, "min_p": 0.1, "seed": 8, "ignore_eos": True, "stop_token_ids": [3],
     }  # fmt: skip
-    names = set(SamplingParams.__struct_fields__)
-    assert set(odd) <= names
-    for name, value in odd.items():
-        params = SamplingParams(**{"temperature": 0.7, "max_tokens": 9, name: value})
-        is_special = bool(chain_of(params)) or params.logprobs is not None or params.prompt_logprobs is not None
-        assert params.is_plain == (not is_special), name
+    assert set(odd) <= set(SamplingParams.__struct_fields__)
+    on_host = {"prompt_logprobs", "typical_p", "top_n_sigma", "dynatemp_range", "xtc_probability", "dry_multiplier", "mirostat_mode"}
+    cases = [(name, {name: value}) for name, value in odd.items()]
+    cases += [("many", {"logprobs": -1}), ("drawn", {"logprobs": 1, "logprobs_mode": "processed_logprobs"}), ("word", {"bad_words_token_ids": [[4, 5]]}),
+              ("ids", {"logprobs": 0, "logprob_token_ids": [3]}), ("logits", {"logprobs": 1, "logprobs_mode": "raw_logits"})]  # fmt: skip
+    for name, fields in cases:
+        params = SamplingParams(**{"temperature": 0.7, "max_tokens": 9, **fields})
+        kind = kind_of(params, chain_of(params), is_guided=False)
+        is_early = kind in (Kind.PLAIN, Kind.STEPS) and params.prompt_logprobs is None  # while prompts are scored, rows are the host's
+        assert params.is_drawn_on_device == is_early == (name not in on_host | {"many", "drawn", "word", "ids"}), name
 
 
 _requests = st.fixed_dictionaries(
@@ -102,7 +119,7 @@ _requests = st.fixed_dictionaries(
         "num_prompt": st.integers(1, 40),
         "max_tokens": st.integers(1, 15),
         "min_tokens": st.sampled_from([0, 0, 0, 2]),
-        "logprobs": st.sampled_from([None, None, None, 0]),
+        "logprobs": st.sampled_from([None, None, None, 0, -1]),
         "n": st.sampled_from([1, 1, 2]),
         "eos": st.booleans(),
         "at": st.integers(0, 12),  # the step before which it arrives

@@ -144,14 +144,14 @@ class _Masks:
         return _Masks(self.first, self.place)
 
 
-class _Compiler:
+class Compiler:
     def compile(self, grammar: str, eos_token_ids: Any) -> _Masks:
         return _Masks(int(grammar))
 
 
 def test_masks_delay_their_own_row_and_no_forward(llama: Path) -> None:
     local = null_engine(llama)
-    local.core._grammars = Grammars(_Compiler(), time.monotonic)
+    local.core._grammars = Grammars(Compiler(), time.monotonic)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     free = generate(cpu_engine(llama), {"free": prompt(6)}, params)["free"].token_ids
     found = _run(local, [("masked", prompt(4, 5), "50"), ("free", prompt(6), None)], params)

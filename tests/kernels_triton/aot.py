@@ -154,12 +154,18 @@ def _sampling(model: Model, rows: int) -> None:
         ops.sample(x, floats, ints, floats, floats, longs, longs)
         ops.row_logsumexp(x)
         ops.row_is_finite(x)
-        logits_ops.pick_logprobs(x, floats, _meta(rows, 21, dtype=torch.int64))
+        for count in (1, 21):
+            logits_ops.pick_logprobs(x, ints, floats, _meta(rows, count, dtype=torch.int32))
         logits_ops.apply_bitmask(x, _meta(rows, -(-model.vocab // 32), dtype=torch.int32), ints)
+        for places in (None, ints):
+            logits_ops.copy_rows(x, ints, logits if places is None else x, places)
     seen = _meta(rows, model.vocab, dtype=torch.int32)
     logits_ops.penalize(logits, seen, ints, floats, floats, floats)
-    for is_prompt in (True, False):
-        logits_ops.count_tokens(seen, ints, ints, is_prompt=is_prompt)
+    logits_ops.add_at(logits, ints, ints, floats)
+    logits_ops.put_ids(ints, ints, ints, _meta(rows, dtype=torch.int8))
+    logits_ops.top_tokens(logits, 20)
+    for longest in (1, 1000):
+        logits_ops.count_tokens(seen, _meta(rows, 8192, dtype=torch.int32), ints, ints, ints, ints, longest=longest)
 
 
 def _preparing(slots: int, num_groups: int) -> None:

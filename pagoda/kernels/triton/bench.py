@@ -120,10 +120,16 @@ def _logits(device: Any, rows: int) -> Iterator[DeviceRow]:
     yield DeviceRow("sample", f"top_p 0.9 {shape}", draw(1.0, 0, 0.9), size)
     yield DeviceRow("row_logsumexp", shape, lambda: ops.row_logsumexp(x), size)
     yield DeviceRow("row_is_finite", shape, lambda: ops.row_is_finite(x), size)
-    yield DeviceRow("pick_logprobs", shape, lambda: logits_ops.pick_logprobs(x, ones, ids), size)
+    yield DeviceRow("pick_logprobs", shape, lambda: logits_ops.pick_logprobs(x, at, ones, ids), size)
     yield DeviceRow("apply_bitmask", shape, lambda: logits_ops.apply_bitmask(x, words, at), words.numel() * 4)
     yield DeviceRow("penalize", shape, lambda: logits_ops.penalize(x, seen, at, ones, ones, ones), size)
-    yield DeviceRow("count_tokens", shape, lambda: logits_ops.count_tokens(seen, at, at, is_prompt=False), 0)
+    tokens = torch.randint(0, VOCAB, (rows, 1024), dtype=torch.int32, device=device)
+    yield DeviceRow("count_tokens", f"{rows}x1", lambda: logits_ops.count_tokens(seen, tokens, at, at * 0, at * 0 + 1, at * 0, longest=1), 0)
+    yield DeviceRow("count_tokens", f"{rows}x1024", lambda: logits_ops.count_tokens(seen, tokens, at, at * 0, at * 0 + 1024, at * 0, longest=1024), 4 * tokens.numel())
+    yield DeviceRow("copy_rows", shape, lambda: logits_ops.copy_rows(x, at, x), 2 * size)
+    yield DeviceRow("add_at", shape, lambda: logits_ops.add_at(x, at, at, ones), 0)
+    yield DeviceRow("put_ids", shape, lambda: logits_ops.put_ids(at, at, at, ones > 0), 0)
+    yield DeviceRow("top_tokens", f"20 of {shape}", lambda: logits_ops.top_tokens(x, 20), size)
 
 
 def rows(device: Any) -> Iterator[DeviceRow]:

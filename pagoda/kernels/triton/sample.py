@@ -23,7 +23,7 @@ import triton.language as tl
 from pagoda.kernels.table import implements
 from pagoda.kernels.triton.launch import check_rows, index, launch
 
-__all__ = ["row_is_finite", "row_logsumexp", "sample"]
+__all__ = ["key_of", "row_is_finite", "row_logsumexp", "sample"]
 
 Array = Any
 _BLOCK, _WARPS = 1024, 16
@@ -48,7 +48,7 @@ def _uniform(seed, position):
 
 
 @triton.jit
-def _key_of(x):
+def key_of(x):
     """An integer in the order of floats: -0 and 0 are equal, as logits are."""
     bits = x.to(tl.int32, bitcast=True).to(tl.int64)
     return tl.where(bits >= 0, bits, LOWEST - bits)
@@ -117,7 +117,7 @@ def _search(row, width, low, high, target, best, temperature, BY_MASS: tl.conste
         sums = tl.zeros((WAYS,), tl.float64)
         for start in range(0, index(width), BLOCK):
             x = _load(row, start + tl.arange(0, BLOCK), width)
-            key = _key_of(x)
+            key = key_of(x)
             is_candidate = (key > low) & (key <= high)
             if tl.max(is_candidate.to(tl.int32), axis=0) > 0:
                 one = _weight(x, best, temperature) if BY_MASS else tl.full((BLOCK,), 1.0, tl.float64)
@@ -135,7 +135,7 @@ def _search(row, width, low, high, target, best, temperature, BY_MASS: tl.conste
 def _kept_weight(row, col, width, threshold, ties, ties_before, best, temperature):
     """-> the weights of what is kept in a block, 0 elsewhere, and how many logits up to its end equal the threshold."""
     x = _load(row, col, width)
-    key = _key_of(x)
+    key = key_of(x)
     is_tie = ((key == threshold) & (col < width)).to(tl.int64)
     rank = ties_before + tl.cumsum(is_tie, axis=0)
     is_kept = (key > threshold) | ((is_tie > 0) & (rank <= ties))
@@ -178,7 +178,7 @@ def _sample_kernel(logits, temperatures, top_ks, top_ps, min_ps, seeds, position
         tl.store(out + number, best_id)
     else:
         best = best_x.to(tl.float64)
-        best_key = _key_of(best_x)
+        best_key = key_of(best_x)
         threshold = best_key * 0 + LOWEST
         ties = best_key * 0 + NOWHERE
         min_p = tl.load(min_ps + number).to(tl.float64)
