@@ -202,7 +202,7 @@ def write_tiny(folder: Path) -> None:
         vocab_size=front.tokenizer.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, head_dim=64, max_position_embeddings=MAX_MODEL_LEN, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     front.tokenizer.backend.save(str(folder / "tokenizer.json"))
     assert front.template is not None
     described = {"tokenizer_class": "PreTrainedTokenizerFast", **front.tokenizer.special_tokens, "chat_template": front.template.sources["default"]}
