@@ -96,6 +96,9 @@ class Sampler:
         drawn_R: np.ndarray | None,
     ) -> np.ndarray:
         """The ids of the sampled rows I: through a mask, behind steps, or as the forward drew them."""
+        if masks is not None and masks.slots == slots_I.tolist() and not table.is_special_N[slots_I].any():
+            mask_MB = np.frombuffer(masks.words, np.uint8).reshape(len(slots_I), -1)
+            return np.asarray(ops.sample_masked(logits_RV, row_I, mask_MB, *_parameters(table, slots_I)))
         num_rows = len(row_I)
         ids_I = np.empty(num_rows, np.int32) if drawn_R is None else drawn_R[row_I]
         is_late_I = np.ones(num_rows, np.bool_) if drawn_R is None else table.is_redrawn_N[slots_I]
