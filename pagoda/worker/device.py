@@ -65,6 +65,7 @@ class Device(Protocol):
 
     name: str
     torch_device: Any
+    compiles: bool  # a kernel takes its time when it is started for the first time
 
     def empty(self, shape: Sequence[int] | int, dtype: str) -> Array: ...
 
@@ -107,6 +108,8 @@ class Device(Protocol):
 class Cuda:
     """The current GPU of this process."""
 
+    compiles = True
+
     def __init__(self, index: int = 0) -> None:
         self.name = torch.cuda.get_device_name(index)
         self.torch_device = torch.device("cuda", index)
@@ -142,7 +145,8 @@ class Cuda:
         function()  # compiles kernels and lets the libraries set themselves up, which cannot be captured
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # other threads of this process may use the device meanwhile: only this thread's calls must be such that can be captured
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
 
         def replay() -> Array:
@@ -197,6 +201,7 @@ class Null:
 
     name = "null device"
     torch_device = torch.device("cpu")
+    compiles = False
 
     def __init__(self, *, computes: bool = True, total: int = 8 << 30) -> None:
         if computes:

@@ -278,6 +278,7 @@ class DeviceRunner:
 
     def abandon(self) -> None:
         """Forgets every step in flight, because one failed."""
+        self._state.changes.failed()
         self._device.synchronize()
         for launched in self._steps:
             if launched.buffers is not None:

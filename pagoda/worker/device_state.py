@@ -42,6 +42,7 @@ class Changes:
         self._words: list[np.ndarray] = []
         self._drawn: dict[int, tuple[int, int]] = {}  # slot -> position, id of a token that was drawn on the host
         self.count = 0
+        self._may_repeat = False
 
     def add(self, index: np.ndarray, words: np.ndarray) -> None:
         """`words` are 32 bits each, of any type."""
@@ -80,6 +81,18 @@ class Changes:
                 words += row.appended_ids
         if index:
             self.add(np.array(index), np.array(words, np.int32))
+        if self._may_repeat and self._indices:
+            self._drop_repeated()
+
+    def failed(self) -> None:
+        """A step could not be started: what it did not send goes with the next, which may write the same places."""
+        self._may_repeat = True
+
+    def _drop_repeated(self) -> None:
+        """Of a place that is named more than once, the last word."""
+        index, words = np.concatenate(self._indices), np.concatenate(self._words)
+        last = len(index) - 1 - np.unique(index[::-1], return_index=True)[1]
+        self._indices, self._words, self.count, self._may_repeat = [index[last]], [words[last]], len(last), False
 
     def blocks(self, group: int, slot: int, start: int, ids: Sequence[int]) -> None:
         layout = self._layout
