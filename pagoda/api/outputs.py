@@ -8,6 +8,9 @@ The two are apart so that a slow reader gets fewer, larger outputs and nothing i
 
 from __future__ import annotations
 
+import msgspec
+
+from pagoda.base.clock import monotonic
 from pagoda.base.errors import RequestError, RequestFailed, request_error
 from pagoda.base.types import (
     CompletionOutput,
@@ -131,6 +134,8 @@ class RequestStream:
         must_abort = sample.push(output)
         if sample.is_finished:
             self._num_unfinished -= 1
+        if must_abort and self._metrics is not None:  # the core's last word will come when nobody waits for it
+            self._metrics = msgspec.structs.replace(self._metrics, last_token_time=monotonic())
         return must_abort
 
     def _fail(self, output: EngineOutput) -> None:

@@ -335,7 +335,7 @@ class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: str | None = None
     error_type: str | None = None  # class of `errors` the front raises; RequestFailed without one
     error_param: str | None = None
-    metrics: RequestMetrics | None = None  # with the last output
+    metrics: RequestMetrics | None = None  # with a sample's first output, as of then, and with its last
 
 
 class Logprob(msgspec.Struct):

@@ -278,10 +278,10 @@ class EngineCore:
             logprobs=None if answer.logprobs is None else answer.logprobs[: len(new_token_ids)],
             prompt_logprobs=req.take_prompt_logprobs() if req.wants_prompt_logprobs else None,
             num_cached_tokens=req.num_tokens_cached,
+            metrics=req.metrics if stop is not None or req.metrics.first_token_time == now else None,
         )  # fmt: skip
         if stop is not None:
             output.finish_reason, output.stop_reason = stop
-            output.metrics = req.metrics
             self._forget(req, stop[0])
         return output
 

@@ -101,6 +101,8 @@ async def test_stop_string_is_not_streamed_and_frees_the_request() -> None:
         texts = [o.outputs[0].text for o in outputs]
         assert "".join(texts) == "one ENx two "
         assert (outputs[-1].outputs[0].finish_reason, outputs[-1].outputs[0].stop_reason) == ("stop", "END")
+        metrics = outputs[-1].metrics  # though the core learns of the end only now
+        assert metrics is not None and 0 < metrics.scheduled_time < metrics.first_token_time < metrics.last_token_time
         await idle(engine, fake)
         assert (await engine.stats()).request_success == {"stop": 1}
 
