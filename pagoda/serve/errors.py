@@ -24,6 +24,7 @@ _LONGEST_MESSAGE = 1000  # characters; a client's own megabyte is not sent back 
 _CODES = {400: "invalid_request", 429: "rate_limit_exceeded", 500: "internal_error", 503: "unavailable", 504: "timeout"}
 """Where an error has no code of its own. OpenAI's are strings."""
 _AT = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
+_MISSING = re.compile(r"object missing required field `(\w+)`")
 
 
 class ErrorInfo(msgspec.Struct):
@@ -69,18 +70,25 @@ def error_response(exc: BaseException) -> Response:
     return Response(msgspec.json.encode(body), status_code=status, headers=headers, media_type="application/json")
 
 
-def from_msgspec(exc: Exception) -> InvalidRequest:
-    """A decoding failure as a 400 whose `param` is the path inside the body (`messages[0].role`)."""
+def from_msgspec(exc: Exception, inside: str = "") -> InvalidRequest:
+    """A decoding failure as a 400 whose `param` is the path inside the body (`messages[0].role`); `inside` is the path of what was decoded."""
     text = str(exc)
     if isinstance(exc, msgspec.ValidationError):
         found = _AT.search(text)
-        path = found.group(1) if found else ""
+        path = _joined(inside, found.group(1) if found else "")
         rule = _AT.sub("", text)
         rule = rule[:1].lower() + rule[1:]
+        if missing := _MISSING.match(rule):
+            path = _joined(path, missing.group(1))
+            return InvalidRequest(f"`{path}` is missing", param=path)
         return InvalidRequest(f"`{path}`: {rule}" if path else f"the request body is wrong: {rule}", param=path or None)
     if isinstance(exc, RecursionError):
         text = "nested too deeply"
     return InvalidRequest(f"the request body is not valid JSON: {text}", code="invalid_json")
+
+
+def _joined(path: str, rest: str) -> str:
+    return f"{path}.{rest}" if path and rest and not rest.startswith("[") else path + rest
 
 
 class ErrorBoundary:

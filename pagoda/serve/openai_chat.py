@@ -16,6 +16,7 @@ from pagoda import __version__
 from pagoda.base.errors import InvalidRequest
 from pagoda.base.types import CompletionOutput, RequestMetrics, RequestOutput, Thinking
 from pagoda.serve.context import ModelContext
+from pagoda.serve.errors import from_msgspec
 from pagoda.serve.generation import Call
 from pagoda.serve.logprobs import ChatLogprobs, PromptLogprob, TokenNamer, chat_logprobs, prompt_logprobs
 from pagoda.serve.reasoning import ReasoningCount, marks_of
@@ -155,9 +156,7 @@ def check_messages(messages: list[dict[str, Any]]) -> None:
         try:
             message = msgspec.convert(raw, ChatMessage)
         except msgspec.ValidationError as exc:
-            rule, _, path = str(exc).partition(" - at `$")
-            where += path.rstrip("`")
-            raise InvalidRequest(f"`{where}`: {rule[:1].lower() + rule[1:]}", param=where) from None
+            raise from_msgspec(exc, where) from None
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
             raise InvalidRequest(f"`{where}.content` is missing", param=f"{where}.content")
         for j, part in enumerate(message.content if isinstance(message.content, list) else ()):

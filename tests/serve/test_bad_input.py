@@ -33,8 +33,7 @@ BAD_CHATS = {
         {"messages": []}, {"messages": None}, {"messages": "hi"}, {}, {"messages": [3]},
         {"messages": [{"role": "explode", "content": ""}]},
     ],
-    "messages[0].role": [{"messages": [{"role": 5, "content": "x"}]}],
-    "messages[0]": [{"messages": [{"content": "x"}]}],
+    "messages[0].role": [{"messages": [{"role": 5, "content": "x"}]}, {"messages": [{"content": "x"}]}],
     "messages[0].content": [{"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": 7}]}],
     "messages[1].content[0]": [
         {"messages": [USER, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
@@ -130,6 +129,12 @@ def test_bad_completion(http: httpx.Client, param: str, bodies: list[dict[str, A
     for body in bodies:
         error = error_of(http.post(TEXT, json={"model": MODEL, **body}), 400)
         assert (error["param"] or "prompt").startswith(param[:6]), (body, error)
+
+
+def test_what_is_missing_is_named(http: httpx.Client) -> None:
+    for path, body, name in ((CHAT, {}, "messages"), (CHAT, {"messages": [USER, {"content": "a"}]}, "messages[1].role"), (TEXT, {}, "prompt"), ("/detokenize", {}, "tokens")):
+        error = error_of(http.post(path, json=body), 400)
+        assert (error["param"], error["message"]) == (name, f"`{name}` is missing")
 
 
 def test_every_wrong_type_of_every_field(http: httpx.Client) -> None:
