@@ -20,6 +20,7 @@ __all__ = ["COMMANDS", "Measurement", "load"]
 COMMANDS = {
     "latency": ("pagoda.bench.latency", "how long one batch of equal requests takes"),
     "throughput": ("pagoda.bench.throughput", "how many requests and tokens a second, offline"),
+    "engine": ("pagoda.bench.engine", "tokens a second, latencies and bandwidth of the engine alone, also with random weights of a known shape"),
     "serve": ("pagoda.bench.serve", "what the clients of a server see: time to first token, time per token, throughput"),
     "startup": ("pagoda.bench.startup", "how long from process launch to ready and to the first token"),
     "quality": ("pagoda.bench.quality", "perplexity, and divergence from a float32 run of the same weights"),

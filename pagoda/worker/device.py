@@ -23,7 +23,7 @@ from pagoda.base.hardware import GpuFacts
 from pagoda.kernels import table
 from pagoda.kernels.weight import GgmlRows
 
-__all__ = ["Cuda", "Device", "DevicePlace", "Event", "Memory", "Null", "Pinned", "memory_errors", "open_device", "read_gpu"]
+__all__ = ["Cuda", "Device", "DevicePlace", "Event", "Memory", "Null", "Pinned", "memory_bandwidth", "memory_errors", "open_device", "read_gpu"]
 
 Array = Any
 TYPES = {
@@ -300,6 +300,28 @@ def memory_errors(what: str, remedy: str) -> Iterator[None]:
 def open_device(kind: str) -> Device:
     """ "cuda" or "null"."""
     return Null() if kind == "null" else Cuda()
+
+
+def memory_bandwidth(num_bytes: int = 4 << 30) -> float:
+    """Bytes a second that the GPU's memory gives: the better of a copy (read and written) and a sum (read)."""
+    x = torch.ones(num_bytes // 4, dtype=torch.int32, device="cuda")
+    y = torch.empty_like(x)
+    found = max(_rate(lambda: y.copy_(x), 2 * x.nbytes), _rate(lambda: x.sum(), x.nbytes))
+    del x, y
+    torch.cuda.empty_cache()
+    return found
+
+
+def _rate(function: Callable[[], Any], num_bytes: int) -> float:
+    times = []
+    for _ in range(8):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e-3)
+    return num_bytes / min(times[2:])
 
 
 def read_gpu() -> GpuFacts | str:

@@ -50,11 +50,8 @@ def test_each_part_fails_alone(tmp_path: Path) -> None:
 def test_its_parts_name_what_is_there() -> None:
     """Scripts, tests and shapes of the commands exist, and the limits leave room within 25 minutes for those with a bar."""
     check = load()
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from gpu_shapes import SHAPES
-    finally:
-        sys.path.pop(0)
+    from pagoda.bench.shapes import SHAPES
+
     for part in check.parts():
         for word in part.command:
             if word.endswith(".py") and not word.startswith("-"):
