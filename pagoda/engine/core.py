@@ -269,9 +269,9 @@ class EngineCore:
             if stop is not None:
                 new_token_ids = new_token_ids[: place + 1]
                 break
-        if stop is None and req.guide is not None and self._jumps_forward and req.params.logprobs is None:
-            forced, stop = jump_forward(req, req.guide)
-            new_token_ids = [*new_token_ids, *forced]
+        if stop is None and req.guide is not None and self._jumps_forward and req.params.logprobs is None and (forced := req.guide.forced()):
+            appended, stop = jump_forward(req, req.guide, forced)
+            new_token_ids = [*new_token_ids, *appended]
         self._recorder.on_tokens(req, len(new_token_ids), now)
         output = EngineOutput(
             request_id=req.request_id, index=req.index, new_token_ids=new_token_ids,

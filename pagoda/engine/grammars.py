@@ -142,14 +142,14 @@ def _fill(rows: list[tuple[int, Guide]]) -> Masks:
     return Masks(slots=[slot for slot, _ in rows], words=b"".join([guide.mask() for _, guide in rows]))
 
 
-def jump_forward(req: Request, guide: Guide) -> tuple[list[int], tuple[FinishReason, int | str | None] | None]:
-    """Appends the tokens that the grammar forces: the next forward computes them with the one that was sampled.
+def jump_forward(req: Request, guide: Guide, forced: list[int]) -> tuple[list[int], tuple[FinishReason, int | str | None] | None]:
+    """Appends the tokens that the grammar forces, `guide.forced()`: the next forward computes them with the one that was sampled.
 
     Each would have been the only one its mask allows, so the sample is the same as without. Returns them, and what stopped it.
     """
     appended: list[int] = []
     stop = None
-    for token_id in guide.forced():
+    for token_id in forced:
         if stop is not None or guide.accept(token_id) is not None:
             break
         appended.append(token_id)

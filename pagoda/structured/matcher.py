@@ -68,7 +68,8 @@ class Matcher:
 
     def forced(self) -> list[int]:
         """Tokens that must come next, as the tokenizer would write them; empty where there is a choice."""
-        return list(self._inner.compute_ff_tokens())
+        found: list[int] = self._inner.compute_ff_tokens()
+        return found
 
     def copy(self) -> Matcher:
         """The same place in the same grammar, to go on independently."""
