@@ -304,12 +304,15 @@ def open_device(kind: str) -> Device:
 
 def memory_bandwidth(num_bytes: int = 4 << 30) -> float:
     """Bytes a second that the GPU's memory gives: the better of a copy (read and written) and a sum (read)."""
-    x = torch.ones(num_bytes // 4, dtype=torch.int32, device="cuda")
-    y = torch.empty_like(x)
-    found = max(_rate(lambda: y.copy_(x), 2 * x.nbytes), _rate(lambda: x.sum(), x.nbytes))
-    del x, y
+    found = _best_rate(num_bytes)
     torch.cuda.empty_cache()
     return found
+
+
+def _best_rate(num_bytes: int) -> float:
+    x = torch.ones(num_bytes // 4, dtype=torch.int32, device="cuda")
+    y = torch.empty_like(x)
+    return max(_rate(lambda: y.copy_(x), 2 * x.nbytes), _rate(lambda: x.sum(), x.nbytes))
 
 
 def _rate(function: Callable[[], Any], num_bytes: int) -> float:

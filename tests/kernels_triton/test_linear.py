@@ -101,6 +101,24 @@ def test_plain_floats_use_the_library(extras: str) -> None:
     assert_close(got, expected, naive)
 
 
+@pytest.mark.parametrize("format, k", [("q8_0", 1056), ("q4_1", 2080)])
+def test_parts_of_a_long_product_add_up(format: str, k: int) -> None:
+    """Few rows and few outputs: K in parts, the last of them shorter, with everything that is added behind it."""
+    rng = np.random.default_rng(k)
+    assert module.parts_of(70, k) > 1 and k % (module.parts_of(70, k) * 128)
+    host, weight = weights(rng, format, 70, k, torch.bfloat16)
+    x, bias, residual = (to_torch(normal(rng, *shape), torch.bfloat16) for shape in ((5, k), (5, 70), (5, 70)))
+    for extras in ({}, {"bias_N": bias[0], "residual": residual}):
+        expected = to_numpy(x) @ host.dense.T + sum(to_numpy(y) for y in extras.values())
+        got = ops.linear(x, weight, **extras)
+        assert_close(got, expected, naive_linear(x, weight, *extras.values()))
+        assert torch.equal(ops.linear(x[2:3].clone(), weight, **{n: y if y.ndim == 1 else y[2:3].clone() for n, y in extras.items()}), got[2:3])
+
+
+def test_products_are_cut_up_where_programs_are_few() -> None:
+    assert [module.parts_of(n, k) for n, k in ((28672, 4096), (6144, 4096), (4096, 4096), (4096, 14336), (1024, 1024), (128256, 4096))] == [1, 2, 4, 4, 2, 1]
+
+
 def test_many_rows_are_multiplied_by_the_dequantized_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
     _, weight = weights(rng, "q8_0", 20, 64, torch.bfloat16)

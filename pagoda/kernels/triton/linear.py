@@ -5,7 +5,9 @@ that bytes are unpacked where they are used; activations are the right one.
 
     w (BLOCK_N outputs, k)  x  x^T (k, BLOCK_M rows)  ->  float32 (BLOCK_N, BLOCK_M), all of K in one order
 
-The order of accumulation is fixed by K and never by the number of rows. With `fixed_tiles` plain floats go through it too
+Few rows leave most of a GPU without work where there are few outputs: K is cut into parts then, as many as N and K say, each of which
+leaves float32 sums that a second kernel adds up in order. The order of accumulation is fixed by N and K and never by the number of rows
+(up to 16, and beyond). With `fixed_tiles` plain floats go through it too
 and the tile is always the same, so a row's result does not depend on its neighbours. Without, products of many rows with
 a quantized weight dequantize it and call the library, which computes faster than unpacking once per tile of rows.
 """
@@ -23,11 +25,22 @@ from pagoda.kernels.triton.embedding import dequantize
 from pagoda.kernels.triton.launch import cdiv, check_rows, dot, index, launch, narrow
 from pagoda.kernels.triton.weight import DeviceWeight
 
-__all__ = ["MANY_ROWS", "linear"]
+__all__ = ["MANY_ROWS", "linear", "parts_of"]
 
 Array = Any
 MANY_ROWS = 256  # from here on a quantized weight is dequantized first
 _BLOCK_N = 64
+_FEW_ROWS = 16
+_WANTED_PROGRAMS, _MOST_PARTS, _SHORTEST_PART = 256, 8, 512
+_MERGED = 1024  # sums a program of the second kernel adds up
+
+
+def parts_of(num_outputs: int, width: int) -> int:
+    """Parts that K is cut into for few rows: 1, 2, 4 or 8."""
+    parts = 1
+    while parts < _MOST_PARTS and cdiv(num_outputs, _BLOCK_N) * parts * 2 <= _WANTED_PROGRAMS and width // (parts * 2) >= _SHORTEST_PART:
+        parts *= 2
+    return parts
 
 
 @triton.jit
@@ -62,7 +75,7 @@ def _add_product(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
-    x, w, scales, minima, bias, residual, out,
+    x, w, scales, minima, bias, residual, out, sums,
     num_rows, num_outputs, width, x_stride, w_stride, scale_stride, residual_stride, out_stride,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -73,12 +86,19 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # > 1: this program does one of them, and leaves it in `sums`
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     line = w + tl.minimum(col, num_outputs - 1).to(tl.int64)[:, None] * w_stride
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for first in range(0, index(width), BLOCK_K):
+    begin = 0
+    end = width
+    if PARTS > 1:
+        per_part = (width + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K) * BLOCK_K
+        begin = tl.program_id(2) * per_part
+        end = tl.minimum(begin + per_part, width)
+    for first in range(index(begin), index(end), BLOCK_K):
         if BITS == 4:
             byte = tl.load(line + first // 2 + tl.arange(0, BLOCK_K // 2)[None, :])
             acc = _add_product(acc, byte & 15, first, x, scales, minima, row, col, num_rows, num_outputs, width, x_stride, scale_stride,
@@ -94,11 +114,33 @@ def _linear_kernel(
             acc = _add_product(acc, q, first, x, scales, minima, row, col, num_rows, num_outputs, width, x_stride, scale_stride,
                                BITS, GROUP, OFFSET, HAS_MIN, BLOCK_N, BLOCK_K)  # fmt: skip
     live = (col < num_outputs)[:, None] & (row < num_rows)[None, :]
+    if PARTS > 1:
+        line_of = (tl.program_id(2) * num_rows + row).to(tl.int64)
+        tl.store(sums + line_of[None, :] * num_outputs + col[:, None], acc, mask=live)
+        return
     if HAS_BIAS:
         acc += tl.load(bias + col, mask=col < num_outputs, other=0.0).to(tl.float32)[:, None]
     if HAS_RESIDUAL:
         acc += tl.load(residual + row.to(tl.int64)[None, :] * residual_stride + col[:, None], mask=live, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64)[None, :] * out_stride + col[:, None], narrow(acc, out.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _sum_parts_kernel(
+    sums, bias, residual, out, num_rows, num_outputs, residual_stride, out_stride,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < num_outputs
+    y = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        y += tl.load(sums + (part * num_rows + row) * num_outputs + col, mask=live, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias + col, mask=live, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + row * residual_stride + col, mask=live, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + col, narrow(y, out.dtype.element_ty), mask=live)
 
 
 @implements("linear", device="cuda")
@@ -118,17 +160,26 @@ def linear(
         return _library_product(x_TK, dequantize(weight), bias_N, residual, out)
     num_outputs, width = weight.shape
     out = torch.empty((rows, num_outputs), dtype=x_TK.dtype, device=x_TK.device) if out is None else out
-    block_m = 32 if weight.fixed_tiles else 16 if rows <= 16 else 64
+    is_few = rows <= _FEW_ROWS and not weight.fixed_tiles
+    block_m = 32 if weight.fixed_tiles else 16 if is_few else 64
+    parts = parts_of(num_outputs, width) if is_few else 1
+    sums = out if parts == 1 else torch.empty((parts, rows, num_outputs), dtype=torch.float32, device=x_TK.device)
     scales = weight.data if weight.scales is None else weight.scales
+    bias, added = x_TK if bias_N is None else bias_N, out if residual is None else residual
+    flags = {"HAS_BIAS": bias_N is not None, "HAS_RESIDUAL": residual is not None}
     launch(
-        _linear_kernel, (cdiv(rows, block_m), cdiv(num_outputs, _BLOCK_N)),
-        x_TK, weight.data, scales, scales if weight.minima is None else weight.minima, x_TK if bias_N is None else bias_N,
-        out if residual is None else residual, out, rows, num_outputs, width,
-        x_TK.stride(0), weight.data.stride(0), scales.stride(0), (out if residual is None else residual).stride(0), out.stride(0),
+        _linear_kernel, (cdiv(rows, block_m), cdiv(num_outputs, _BLOCK_N), parts),
+        x_TK, weight.data, scales, scales if weight.minima is None else weight.minima, bias, added, out, sums, rows, num_outputs, width,
+        x_TK.stride(0), weight.data.stride(0), scales.stride(0), added.stride(0), out.stride(0),
         BITS=weight.bits, GROUP=weight.group, OFFSET=weight.offset, HAS_MIN=weight.minima is not None,
-        HAS_BIAS=bias_N is not None, HAS_RESIDUAL=residual is not None,
-        BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=128 if weight.bits == 4 else 64, num_warps=4, num_stages=3 if weight.bits == 4 else 4,
+        BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=128 if weight.bits == 4 else 64, PARTS=parts,
+        num_warps=4, num_stages=3 if weight.bits == 4 else 4, **flags,
     )  # fmt: skip
+    if parts > 1:
+        launch(
+            _sum_parts_kernel, (rows, cdiv(num_outputs, _MERGED)), sums, bias, added, out, rows, num_outputs, added.stride(0), out.stride(0),
+            PARTS=parts, BLOCK=_MERGED, num_warps=4, **flags,
+        )  # fmt: skip
     return out
 
 

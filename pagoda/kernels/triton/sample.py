@@ -21,12 +21,13 @@ import triton
 import triton.language as tl
 
 from pagoda.kernels.table import implements
-from pagoda.kernels.triton.launch import check_rows, index, launch
+from pagoda.kernels.triton.launch import arch_of, check_rows, index, launch
 
 __all__ = ["key_of", "row_is_finite", "row_logsumexp", "sample"]
 
 Array = Any
-_BLOCK, _WARPS = 1024, 16
+_BLOCK, _WARPS = 2048, 16
+_SEARCHED = 1024  # logits compared with all candidates at a time, and on AMD the block: it has no scalar registers for more
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 LOWEST = tl.constexpr(-0x80000000)
 WAYS = tl.constexpr(8)
@@ -167,7 +168,9 @@ def _draw(row, width, threshold, ties, u, best, temperature, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _sample_kernel(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, out, stride, width, BLOCK: tl.constexpr):
+def _sample_kernel(
+    logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, out, stride, width, BLOCK: tl.constexpr, SEARCHED: tl.constexpr
+):  # fmt: skip
     number = tl.program_id(0)
     row = logits + number.to(tl.int64) * stride
     best_x, best_id, is_bad = _best_of(row, width, BLOCK)
@@ -186,7 +189,7 @@ def _sample_kernel(logits, temperatures, top_ks, top_ps, min_ps, seeds, position
             threshold = _lowest_key(best, temperature, min_p, best_key)
         top_k = tl.load(top_ks + number).to(tl.int64)
         if (top_k > 0) & (top_k < width):
-            threshold, above = _search(row, width, threshold, best_key, top_k.to(tl.float64), best, temperature, False, BLOCK)
+            threshold, above = _search(row, width, threshold, best_key, top_k.to(tl.float64), best, temperature, False, SEARCHED)
             ties = top_k - above.to(tl.int64)
         top_p = tl.load(top_ps + number).to(tl.float64)
         if top_p < 1:
@@ -197,7 +200,7 @@ def _sample_kernel(logits, temperatures, top_ks, top_ps, min_ps, seeds, position
                 total += tl.sum(w, axis=0)
             target = top_p * total
             lowest = threshold
-            threshold, above = _search(row, width, lowest, best_key, target, best, temperature, True, BLOCK)
+            threshold, above = _search(row, width, lowest, best_key, target, best, temperature, True, SEARCHED)
             one = _weight(tl.maximum(_float_of(threshold), -3.4028234663852886e38), best, temperature)
             # As many ties as reach the share; where tokens weigh nothing any number does.
             wanted = tl.maximum(tl.ceil(tl.minimum((target - above) / tl.maximum(one, 1e-300), 2.0e9)), 1.0).to(tl.int64)
@@ -242,7 +245,7 @@ def sample(
     out = torch.empty(rows, dtype=torch.int32, device=logits_RV.device)
     launch(
         _sample_kernel, (rows,), logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R.view(torch.int64), position_R, out,
-        logits_RV.stride(0), width, BLOCK=_BLOCK, num_warps=_WARPS,
+        logits_RV.stride(0), width, BLOCK=_SEARCHED if arch_of(logits_RV).backend == "hip" else _BLOCK, SEARCHED=_SEARCHED, num_warps=_WARPS,
     )  # fmt: skip
     return out
 
