@@ -58,8 +58,8 @@ def kind_of(params: SamplingParams, chain: Chain, *, is_guided: bool) -> Kind:
 
 
 def steps_nbytes(num_slots: int, vocab_size: int, dtype: str) -> int:
-    """Bytes that `DeviceSteps` keeps on the device."""
-    return num_slots * (vocab_size * (4 + TYPES[dtype].itemsize) + 4 * -(-vocab_size // 32))
+    """Bytes that `DeviceSteps` keeps on the device, and those that drawing kept rows takes beside the next forward."""
+    return num_slots * (vocab_size * (4 + TYPES[dtype].itemsize + 4) + 4 * -(-vocab_size // 32))
 
 
 def draw_all_ways(logits_RV: Array) -> None:

@@ -6,6 +6,7 @@ rounding moves logits by.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch
 import triton
 
 from pagoda.base.types import GenerateRequest, SamplingParams
+from pagoda.engine.grammars import Grammars
 from pagoda.executor.launch import LocalEngine
+from pagoda.worker import device_steps
+from pagoda.worker.device_steps import Kind
 from tests.e2e.harness import Answer, engine, generate
 from tests.gpu.harness import TINY
 from tests.models import tiny
@@ -88,6 +92,38 @@ def test_overlap_changes_nothing(pair: tuple[Path, Any]) -> None:
     asked = prompts(4)
     found = [generate(device_engine(path, async_scheduling=on, batch_invariant=True), asked, DRAWN) for on in (True, False)]
     assert {k: v.token_ids for k, v in found[0].items()} == {k: v.token_ids for k, v in found[1].items()}
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="`test_device_steps` has it for the null device")
+def test_what_is_drawn_on_the_device_is_what_the_host_would_draw(pair: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalties, biases, bans, log-probabilities and masks: from the same logits, two steps in flight against one and the host."""
+    from tests.gpu.test_null_device import Compiler
+
+    fields: dict[str, dict[str, Any]] = {
+        "repeats": {"repetition_penalty": 1.8, "frequency_penalty": 1.5, "presence_penalty": 0.5, "logprobs": 2},
+        "biased": {"logit_bias": {7: 30.0, 9: 29.5, 8: -100.0}, "bad_words_token_ids": [[7], [11]], "logprobs": 0},
+        "allowed": {"allowed_token_ids": [5, 40, 90, 130], "frequency_penalty": 2.0}, "lasting": {"min_tokens": 8, "stop_token_ids": [9], "logit_bias": {9: 60.0}},
+        "scores": {"logprobs": 7, "logprobs_mode": "raw_logits", "temperature": 0.0}, "masked": {}, "plain": {},
+    }  # fmt: skip
+    ids = prompts(7)
+
+    def run(local: LocalEngine) -> dict[str, list[Any]]:
+        local.core._grammars = Grammars(Compiler(), time.monotonic)
+        for i, (name, more) in enumerate(fields.items()):
+            params = DRAWN.clone(**{"seed": i, "max_tokens": 12, **more})
+            request = GenerateRequest(request_id=name, prompt_token_ids=ids[f"r{i}"], params=params, grammar="50" if name == "masked" else None)
+            local.core.add(request)
+        found: dict[str, list[Any]] = {name: [] for name in fields}
+        while local.core.has_work():
+            for out in local.core.step():
+                assert out.error is None, out.error
+                found[out.request_id] += [*out.new_token_ids, *((e.token_ids, e.rank) for e in out.logprobs or [])]
+        return found
+
+    mine = run(device_engine(pair[0], batch_invariant=True))
+    monkeypatch.setattr(device_steps, "kind_of", lambda params, chain, is_guided: Kind.HOST if is_guided or chain or params.logprobs is not None else Kind.PLAIN)
+    assert mine == run(device_engine(pair[0], batch_invariant=True, async_scheduling=False))
+    assert mine["masked"] == list(range(50, 62))
 
 
 @pytest.mark.parametrize("options", [{"kv_cache_dtype": "fp8"}, {"quantization": "int8"}, {"quantization": "int4"}, {"dtype": "float16"}], ids=str)
