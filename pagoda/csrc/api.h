@@ -33,6 +33,7 @@ enum pg_dtype {
     PG_W_Q4_K = 21,
     PG_W_Q5_K = 22,
     PG_W_Q6_K = 23,
+    PG_W_I8 = 24,
     PG_W_INT8 = 32,   // added to a block format: its product takes activations as 8-bit integers, not 16-bit ones
 };
 

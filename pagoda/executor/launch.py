@@ -167,7 +167,7 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequ
             dtype=config.model.dtype,
             max_positions=facts.max_model_len if wanted == "auto" else int(wanted or 0),
             quantization=config.model.quantization,
-            activations="int8" if config.model.linear_activations == "int8" else "int16",
+            activations="int8" if config.model.linear_activations == "int8" and config.device.device == "cpu" else "int16",
             load_format=config.model.load_format,
             place=place,
             dequantize=dequantize,

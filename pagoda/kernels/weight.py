@@ -11,6 +11,7 @@ bytes, panel after panel:
     q4_k   [N/16][K/256]{ d 16 x f16, dmin 16 x f16, scales [8][16] u8, minima [8][16] u8, 8 x nibbles }
     q5_k   [N/16][K/256]{ as q4_k,  8 x fifth bits [16][4] bytes: bit j of byte [n][t] is of k = 4j + t }
     q6_k   [N/16][K/256]{ d 16 x f16, scales [8][2][16] i8, 8 x { nibbles, high bits [2][16][4] bytes } }
+    i8     [N/16]{ d 16 x f32, [K/4][16][4] bytes, value + 128 }, then the turn's waves in float32
 
 Byte [j][n][t] of an 8-bit block is k = 4j + t of output n. A block's nibbles are [4][16][4] bytes, whose low halves are
 k = 4j + t and whose high halves are k = 16 + 4j + t. Bits 2s, 2s + 1 of byte [i][n][t] of q6_k's high bits are of
@@ -19,8 +20,11 @@ k = 16i + 4s + t.
     q8_0  d * (q - 128)      q4_0  d * (q - 8)      q4_1  d * q + m
     q4_k, q5_k  d * scale * q - dmin * minimum, per 32 values      q6_k  d * scale * (q - 32), per 16 values
 
+    i8    d * (q - 128), one d for a whole output, of rows that were turned (kernels/rotation.py; d holds the 1 / K)
+
 A block format with `_a8` at its end is stored alike; its product rounds activations to 8 bits in blocks of 32 (to 16
-bits without), which is twice as fast on many rows and costs some quality.
+bits without), which is twice as fast on many rows and costs some quality. Format i8 turns activations as its weights were turned and
+rounds them to 8 bits, one scale a row: all of K is one exact integer product. The waves are `rotation.waves(K)`.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from pagoda.kernels import gguf_blocks
+from pagoda.kernels import gguf_blocks, rotation
 from pagoda.kernels.memory import allocate
 
 __all__ = ["BLOCK_FORMATS", "FORMATS", "GgmlRows", "Weight", "native_chunks", "pack", "packed_nbytes", "shape_of", "storage_of", "unpack", "width_unit"]
@@ -48,7 +52,7 @@ _UNITS = {  # values of K stored together, and bytes of 16 outputs' of them
     "q6_k": (256, 32 + 256 + 8 * 384),
 }
 BLOCK_FORMATS = tuple(_UNITS)
-FORMATS = ("f32", "bf16", *BLOCK_FORMATS, *(f"{name}_a8" for name in BLOCK_FORMATS))
+FORMATS = ("f32", "bf16", "i8", *BLOCK_FORMATS, *(f"{name}_a8" for name in BLOCK_FORMATS))
 
 
 class GgmlRows(NamedTuple):
@@ -83,7 +87,7 @@ def storage_of(format: str) -> str:
 
 def width_unit(format: str) -> int:
     """K must be a multiple of this."""
-    return _UNITS.get(storage_of(format), (1, 0))[0]
+    return 16 if format == "i8" else _UNITS.get(storage_of(format), (1, 0))[0]
 
 
 def packed_nbytes(format: str, num_rows: int, num_cols: int) -> int:
@@ -93,6 +97,8 @@ def packed_nbytes(format: str, num_rows: int, num_cols: int) -> int:
         return panels * num_cols * PANEL * 4
     if format == "bf16":
         return panels * (num_cols + num_cols % 2) * PANEL * 2
+    if format == "i8":
+        return panels * (64 + num_cols * PANEL) + rotation.waves(num_cols).nbytes
     values, nbytes = _UNITS[storage_of(format)]
     return panels * (num_cols // values) * nbytes
 
@@ -114,7 +120,12 @@ def pack(format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Weight:
     if num_cols % width_unit(format):
         raise ValueError(f"format `{format}` needs a width that is a multiple of {width_unit(format)}, got {num_cols}")
     data = allocate(packed_nbytes(format, num_rows, num_cols))
-    panels = data.reshape(-(-num_rows // PANEL), -1)
+    tail = 0
+    if format == "i8":
+        waves = rotation.waves(num_cols).view(np.uint8).reshape(-1)
+        tail = len(waves)
+        data[len(data) - tail :] = waves
+    panels = data[: len(data) - tail].reshape(-(-num_rows // PANEL), -1)
     storage = storage_of(format)
     for first, rows in _whole_panels(storage, parts):
         panels[first : first + len(rows) // PANEL] = _PACKERS[storage](rows).reshape(len(rows) // PANEL, -1)
@@ -125,6 +136,8 @@ def pack(format: str, parts: Sequence[np.ndarray | GgmlRows]) -> Weight:
 def unpack(weight: Weight) -> np.ndarray:
     """The matrix a packed weight stands for -> float32 (N, K)."""
     num_rows, num_cols = weight.shape
+    if weight.format == "i8":
+        return _unpack_i8(weight)
     panels = weight.data.reshape(-(-num_rows // PANEL), -1)
     if weight.format == "f32":
         dense = panels.view(np.float32).reshape(-1, num_cols, PANEL).transpose(0, 2, 1)
@@ -198,7 +211,7 @@ def _native_rows(format: str, part: np.ndarray | GgmlRows) -> np.ndarray:
         return gguf_blocks.quantize(type_name, np.asarray(part, np.float32))
     if isinstance(part, GgmlRows):
         part = gguf_blocks.dequantize(part.type_name, part.rows)
-    return np.asarray(part, np.float32 if format == "f32" else ml_dtypes.bfloat16)
+    return np.asarray(part, ml_dtypes.bfloat16 if format == "bf16" else np.float32)
 
 
 _CHUNK_ROWS = 1024  # converted at a time, so that the float32 copy of a big tensor never exists
@@ -238,6 +251,27 @@ def _pack_bf16(rows: np.ndarray) -> np.ndarray:
         rows = np.concatenate([rows, np.zeros((len(rows), 1), rows.dtype)], axis=1)
     pairs = np.ascontiguousarray(rows).view(np.uint32).reshape(-1, PANEL, rows.shape[1] // 2)
     return np.ascontiguousarray(pairs.transpose(0, 2, 1)).view(np.uint8)
+
+
+def _pack_i8(rows: np.ndarray) -> np.ndarray:
+    """Float32 rows -> panels of 8-bit integers of the turned rows, by the largest of each."""
+    turned, width = rotation.rotate(rows), rows.shape[1]
+    most = np.abs(turned).max(axis=1)
+    q = np.rint(turned * np.divide(127, most, out=np.zeros_like(most), where=most > 0)[:, None]).astype(np.int8)
+    out = np.empty((len(rows) // PANEL, 64 + width * PANEL), np.uint8)
+    out[:, :64] = (most / np.float32(127 * width)).reshape(-1, PANEL).view(np.uint8)
+    words = (q.view(np.uint8) ^ 128).view(np.uint32).reshape(-1, PANEL, width // 4)
+    out[:, 64:] = np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.uint8).reshape(len(out), -1)
+    return out
+
+
+def _unpack_i8(weight: Weight) -> np.ndarray:
+    num_rows, width = weight.shape
+    panels = weight.data[: len(weight.data) - rotation.waves(width).nbytes].reshape(-(-num_rows // PANEL), -1)
+    scales = np.ascontiguousarray(panels[:, :64]).view(np.float32)
+    q = panels[:, 64:].reshape(len(panels), width // 4, PANEL, 4).transpose(0, 2, 1, 3).astype(np.float32) - 128
+    rows = q.reshape(len(panels) * PANEL, width) * scales.reshape(-1, 1)
+    return rotation.rotate(rows[:num_rows])
 
 
 def _pack_q4_1(rows: np.ndarray) -> np.ndarray:
@@ -329,6 +363,7 @@ def _pack_q6_k(rows: np.ndarray) -> np.ndarray:
 _PACKERS = {
     "f32": _pack_f32,
     "bf16": _pack_bf16,
+    "i8": _pack_i8,
     "q8_0": _pack_q8_0,
     "q4_0": _pack_q4_0,
     "q4_1": _pack_q4_1,

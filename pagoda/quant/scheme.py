@@ -74,11 +74,13 @@ class _Dense:
         if wanted:
             small = (_SMALL_ENOUGH_TABLE if is_table else _SMALL_ENOUGH)[wanted]
             target = "q8_0" if is_table else QUANTIZED_FORMATS[wanted]
+            if target == "q8_0" and wanted == "int8" and precision.activations == "int8":
+                target = "i8"
             if stored not in small and part.shape[-1] % width_unit(target) == 0:
                 stored = target
         if stored is None:
             return DENSE_FORMATS[precision.dtype]
-        return f"{stored}_a8" if precision.activations == "int8" else stored
+        return f"{stored}_a8" if precision.activations == "int8" and stored != "i8" else stored
 
     def pack(self, parts: list[SourceTensor], precision: Precision, *, is_table: bool = False) -> Weight:
         return precision.place.weight(self.format_of(parts[0], precision, is_table=is_table), [part.array for part in parts])

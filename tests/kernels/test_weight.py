@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pagoda.kernels import gguf_blocks, ops
+from pagoda.kernels import gguf_blocks, ops, rotation
 from pagoda.kernels.weight import FORMATS, GgmlRows, Weight, pack, packed_nbytes, storage_of, unpack, width_unit
 
 from .cases import bf16, normal, random_rows, weight
@@ -64,7 +64,7 @@ def test_8_bit_activations_are_exact_on_small_integers(storage: str, isa: str) -
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(x).sum(axis=1).max() * np.abs(w.dense).max())
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if width_unit(f) < 256])
+@pytest.mark.parametrize("format", [f for f in FORMATS if width_unit(f) < 256 and f != "i8"])
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_floats_in_any_format(format: str, source: type) -> None:
     w = normal(np.random.default_rng(4), 1040, 64).astype(source)  # more rows than are converted at a time
@@ -77,6 +77,42 @@ def test_floats_in_any_format(format: str, source: type) -> None:
     np.testing.assert_array_equal(unpack(packed), expected)
     assert packed.nbytes == packed_nbytes(format, 1040, 64)
     assert packed.data.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 576, 1536, 11008])
+def test_turning_keeps_products(width: int) -> None:
+    x, w = (normal(np.random.default_rng(8), n, width) for n in (3, 5))
+    x[0, 7] = 100.0
+    np.testing.assert_allclose(rotation.rotate(x) @ rotation.rotate(w).T / width, x @ w.T, atol=2e-5 * np.abs(x).sum(axis=1).max())
+    np.testing.assert_allclose(rotation.rotate(rotation.rotate(x)) / width, x, atol=1e-4)
+    assert np.abs(rotation.rotate(x)[0]).max() < 0.5 * 100 * np.sqrt(width)  # spread over the row, unless the row is very short
+
+
+@pytest.mark.parametrize("source", ["floats", "blocks"])
+def test_one_scale_an_output(source: str) -> None:
+    rng = np.random.default_rng(9)
+    parts: list[np.ndarray | GgmlRows] = [normal(rng, 1030, 96), normal(rng, 10, 96)]
+    exact = np.concatenate([np.asarray(part) for part in parts])
+    if source == "blocks":
+        parts = [GgmlRows("Q4_1", gguf_blocks.quantize("Q4_1", np.asarray(part))) for part in parts]
+        exact = np.concatenate([gguf_blocks.dequantize("Q4_1", part.rows) for part in parts if isinstance(part, GgmlRows)])
+    packed = pack("i8", parts)
+    assert packed.nbytes == packed_nbytes("i8", 1040, 96) and packed.shape == (1040, 96)
+    turned = rotation.rotate(exact)
+    error = np.abs(rotation.rotate(unpack(packed)) - turned)
+    assert (error <= 0.501 * np.abs(turned).max(axis=1, keepdims=True) / 127 + 1e-4).all()
+
+
+def test_integers_are_exact_whatever_the_rows(isa: str) -> None:
+    """A turned row of small integers is rounded to itself, so that only the scales are left."""
+    rng = np.random.default_rng(10)
+    w = weight(rng, "i8", 40, 192)
+    turned = rng.integers(-126, 127, (29, 192)).astype(np.float32)
+    turned[:, 5] = 127
+    x = rotation.rotate(turned) / 192
+    got = ops.linear(x, w)
+    expected = turned.astype(np.float64) @ rotation.rotate(w.dense).T.astype(np.float64) / 192
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(turned).sum(axis=1).max() * np.abs(w.dense).max())
 
 
 def test_other_block_types_become_floats() -> None:
@@ -92,6 +128,7 @@ def test_bits_a_weight() -> None:
     assert packed_nbytes("q4_k_a8", 512, 256) == 512 * 256 * 37 // 64
     assert packed_nbytes("q5_k", 512, 256) == 512 * 256 * 45 // 64
     assert packed_nbytes("q6_k", 512, 256) == 512 * 256 * 105 // 128
+    assert packed_nbytes("i8", 512, 256) == 512 * (256 + 4)
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
@@ -100,6 +137,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack("q3_k", [w])
     with pytest.raises(ValueError, match="multiple of 32"):
         pack("q8_0", [w])
+    with pytest.raises(ValueError, match="multiple of 16"):
+        pack("i8", [w])
     with pytest.raises(ValueError, match="multiple of 256"):
         pack("q4_k", [np.zeros((16, 96), np.float32)])
     with pytest.raises(ValueError, match="no quantizer for `Q5_K`"):

@@ -55,7 +55,9 @@ def test_formats(stored: str | None, quantization: str | None, matrix: str, tabl
     part = blocks(stored, 16, 256) if stored else floats(16, 256)
     precision = Precision("bfloat16", quantization, activations)  # type: ignore[arg-type]
     for is_table, expected in ((False, matrix), (True, table)):
-        suffix = "_a8" if activations == "int8" and expected != "bf16" else ""
+        if activations == "int8" and quantization == "int8" and stored != "Q8_0":
+            expected = "i8"
+        suffix = "_a8" if activations == "int8" and expected not in ("bf16", "i8") else ""
         scheme = scheme_for(part)
         assert scheme.format_of(part, precision, is_table=is_table) == expected + suffix
         assert scheme.pack([part], precision, is_table=is_table).format == expected + suffix

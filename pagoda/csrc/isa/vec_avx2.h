@@ -10,6 +10,8 @@ constexpr int kBlockRows = 3;
 constexpr int kBlockPanels = 1;
 constexpr int kStoredRows = 3;
 constexpr int kUnpackRows = 6;
+constexpr int kI8Rows = 4;
+constexpr int kI8Panels = 1;
 
 struct f32x16 { __m256 a, b; };
 struct i32x16 { __m256i a, b; };
@@ -57,6 +59,17 @@ PG_INLINE f32x16 to_f32(i32x16 v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvte
 PG_INLINE i32x16 bits(f32x16 v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
 PG_INLINE f32x16 unbits(i32x16 v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
 PG_INLINE i32x16 iadd(i32x16 x, i32x16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+PG_INLINE i32x16 imax(i32x16 x, i32x16 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+PG_INLINE i32x16 magnitude(f32x16 v) {
+    const __m256i all = _mm256_set1_epi32(0x7fffffff);
+    return {_mm256_and_si256(bits(v).a, all), _mm256_and_si256(bits(v).b, all)};
+}
+template <int kBit>
+PG_INLINE f32x16 swap_lanes(f32x16 v) {
+    if constexpr (kBit == 8) return {v.b, v.a};
+    else if constexpr (kBit == 4) return {_mm256_permute2f128_ps(v.a, v.a, 1), _mm256_permute2f128_ps(v.b, v.b, 1)};
+    else return {_mm256_permute_ps(v.a, kBit == 1 ? 0xb1 : 0x4e), _mm256_permute_ps(v.b, kBit == 1 ? 0xb1 : 0x4e)};
+}
 template <int N>
 PG_INLINE i32x16 shift_left(i32x16 v) { return {_mm256_slli_epi32(v.a, N), _mm256_slli_epi32(v.b, N)}; }
 

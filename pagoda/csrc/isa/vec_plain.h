@@ -7,14 +7,10 @@ PG_INLINE int32_t sum_lanes(i32x16 v) {
     for (int i = 0; i < 16; ++i) total += t[i];
     return int32_t(total);
 }
-PG_INLINE int32_t largest_magnitude(f32x16 a, f32x16 b) {
-    int32_t s[16], t[16], most = 0;
-    __builtin_memcpy(s, &a, 64);
-    __builtin_memcpy(t, &b, 64);
-    for (int i = 0; i < 16; ++i) {
-        const int32_t x = s[i] & 0x7fffffff, y = t[i] & 0x7fffffff, larger = x > y ? x : y;
-        most = larger > most ? larger : most;
-    }
+PG_INLINE int32_t largest(i32x16 v) {
+    int32_t t[16], most = INT32_MIN;
+    __builtin_memcpy(t, &v, 64);
+    for (int i = 0; i < 16; ++i) most = t[i] > most ? t[i] : most;
     return most;
 }
 PG_INLINE f32x16 load_i8(const void* p) {

@@ -11,6 +11,8 @@ constexpr int kBlockRows = 1;
 constexpr int kBlockPanels = 1;
 constexpr int kStoredRows = 1;
 constexpr int kUnpackRows = 4;
+constexpr int kI8Rows = 2;
+constexpr int kI8Panels = 1;
 
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
@@ -68,6 +70,15 @@ PG_INLINE f32x16 to_f32(i32x16 a) { PG_EACH(f32x16, __builtin_convertvector(a.v[
 PG_INLINE i32x16 bits(f32x16 a) { PG_EACH(i32x16, (i32x4)a.v[k]); }
 PG_INLINE f32x16 unbits(i32x16 a) { PG_EACH(f32x16, (f32x4)a.v[k]); }
 PG_INLINE i32x16 iadd(i32x16 a, i32x16 b) { PG_EACH(i32x16, a.v[k] + b.v[k]); }
+PG_INLINE i32x16 imax(i32x16 a, i32x16 b) { PG_EACH(i32x16, (i32x4)blend((i32x4)(a.v[k] > b.v[k]), (f32x4)a.v[k], (f32x4)b.v[k])); }
+PG_INLINE i32x16 magnitude(f32x16 a) { PG_EACH(i32x16, (i32x4)a.v[k] & 0x7fffffff); }
+template <int kBit>
+PG_INLINE f32x16 swap_lanes(f32x16 a) {
+    float from[16], to[16];
+    store(from, a);
+    for (int i = 0; i < 16; ++i) to[i] = from[i ^ kBit];
+    return load(to);
+}
 template <int N>
 PG_INLINE i32x16 shift_left(i32x16 a) { PG_EACH(i32x16, a.v[k] << N); }
 

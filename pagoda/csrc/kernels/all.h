@@ -13,6 +13,7 @@ struct SimpleOp {
 #include "kernels/linear_float.h"
 #include "kernels/blocks.h"
 #include "kernels/linear_blocks.h"
+#include "kernels/linear_i8.h"
 #include "kernels/linear.h"
 #include "kernels/embedding.h"
 #include "kernels/kv.h"

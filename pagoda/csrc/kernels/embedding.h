@@ -2,8 +2,12 @@
 #pragma once
 
 struct embedding_op : SimpleOp {
-    static void run(const Call& c, int, int, int num_threads) {
+    static int64_t room_bytes(const pg_tensor& table) { return table.dtype == PG_W_I8 ? i8_room_bytes(table.cols) : 0; }
+    static int64_t scratch(const Call& c, int num_threads) { return num_threads * room_bytes(c.t[1]); }
+
+    static void run(const Call& c, int, int tid, int num_threads) {
         const pg_tensor& table = c.t[1];
+        float* room = (float*)(c.scratch + tid * room_bytes(table));
         const float scale = float(c.f[0]);
         int64_t begin, end;
         while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end))
@@ -14,13 +18,13 @@ struct embedding_op : SimpleOp {
                     continue;
                 }
                 float* y = row<float>(c.t[2], r);
-                read_row(table, id, y);
+                read_row(table, id, y, room);
                 if (scale != 1.0f)
                     for (int64_t k = 0; k < table.cols; ++k) y[k] *= scale;
             }
     }
 
-    static void read_row(const pg_tensor& table, int64_t id, float* y) {
+    static void read_row(const pg_tensor& table, int64_t id, float* y, float* room) {
         const int64_t k = table.cols, panel = id / 16, lane = id % 16;
         const char* w = static_cast<const char*>(table.data);
         switch (table.dtype) {
@@ -32,6 +36,13 @@ struct embedding_op : SimpleOp {
             case PG_W_BF16: {
                 const uint16_t* p = (const uint16_t*)w + panel * ((k + 1) / 2) * 32 + 2 * lane;
                 for (int64_t i = 0; i < k; ++i) y[i] = from_bf16(p[32 * (i / 2) + i % 2]);
+                return;
+            }
+            case PG_W_I8: {
+                const char* p = w + panel * i8_panel_bytes(k);
+                const float d = ((const float*)p)[lane];
+                for (int64_t i = 0; i < k; ++i) room[i] = d * float(((const uint8_t*)p)[64 + 64 * (i / 4) + 4 * lane + i % 4] - 128);
+                memcpy(y, rotate(room, room + k, k, i8_cosines(table)), size_t(k) * 4);   // the turn is its own inverse, but for a factor in d
                 return;
             }
         }

@@ -9,12 +9,14 @@
 struct linear_op {
     static constexpr int64_t kFewRows = 3;
 
+    static bool is_blocks(const pg_tensor& w) { return w.dtype >= PG_W_Q8_0 && w.dtype != PG_W_I8; }
     static bool converts(const Call& c) { return c.t[1].dtype != PG_W_F32 || c.i[0]; }
     static bool converts_once(const Call& c, int num_threads) { return num_threads > 1 && c.rows > kFewRows && converts(c); }
-    static bool unpacks(const Call& c) { return c.t[1].dtype >= PG_W_Q8_0 && c.rows > kUnpackRows; }
+    static bool unpacks(const Call& c) { return is_blocks(c.t[1]) && c.rows > kUnpackRows; }
     static int64_t row_bytes(const pg_tensor& w) {
         if (w.dtype == PG_W_F32) return round_up(w.cols * 4, 64);
         if (w.dtype == PG_W_BF16) return round_up(w.cols * 2 + 2, 64);
+        if (w.dtype == PG_W_I8) return i8_row_bytes(w.cols);
         return w.dtype & PG_W_INT8 ? quant_row_bytes<Int8>(w.cols) : quant_row_bytes<Int16>(w.cols);
     }
     static int64_t room_bytes(const pg_tensor& w) {
@@ -28,7 +30,10 @@ struct linear_op {
         int64_t own = num_threads * (c.rows < kFewRows ? c.rows : kFewRows);
         return converts(c) ? row_bytes(c.t[1]) * (c.rows > own ? c.rows : own) : 0;
     }
-    static int64_t prepared_bytes(const Call& c) { return c.i[0] ? round_up(c.t[1].cols * 4, 64) : 0; }
+    static int64_t prepared_bytes(const Call& c) {
+        if (c.t[1].dtype == PG_W_I8) return i8_room_bytes(c.t[1].cols);
+        return c.i[0] ? round_up(c.t[1].cols * 4, 64) : 0;
+    }
     static int phases(const Call& c, int num_threads) { return converts_once(c, num_threads) ? 2 : 1; }
     static int64_t scratch(const Call& c, int num_threads) {
         return rows_bytes(c, num_threads) + num_threads * (prepared_bytes(c) + (unpacks(c) ? room_bytes(c.t[1]) : 0));
@@ -49,6 +54,12 @@ struct linear_op {
             if (w.dtype == PG_W_BF16) {
                 row_to_bf16(x, (uint16_t*)y, w.cols);
                 ((uint16_t*)y)[w.cols] = 0;   // the other half of the last pair when K is odd
+                continue;
+            }
+            if (w.dtype == PG_W_I8) {
+                float* copy = (float*)room;
+                if (x != copy) memcpy(copy, x, size_t(w.cols) * 4);
+                i8_round_row(copy, copy + w.cols, y, w.cols, i8_cosines(w));
                 continue;
             }
 #define PG_QUANTISE(Format, Act) quantise_row<Format, Act>(x, y, w.cols)
@@ -113,6 +124,7 @@ struct linear_op {
     static void multiply(const Call& c, const char* x, int64_t begin, int64_t end, int64_t next) {
         const pg_tensor& w = c.t[1];
         const Finish finish = finish_of(c);
+        if (w.dtype == PG_W_I8) return i8_panels(x, w, c.rows, begin, end, next, finish);
 #define PG_STORED(Format, Act) stored_panels<Format, Act>(x, w, c.rows, begin, end, next, finish)
         PG_BLOCK_FORMAT(w.dtype, PG_STORED)
 #undef PG_STORED

@@ -43,6 +43,7 @@ PG_INLINE Fetch fetch(const char* at, int64_t bytes, int64_t steps, bool once) {
 struct Finish {
     const pg_tensor *bias, *residual, *out;
     int64_t num_outputs, gated;   // rows of the weight; 0, or 1 + which activation
+    PG_MEMBER bool is_plain() const { return !gated && !bias->data && !residual->data; }
     PG_MEMBER void operator()(f32x16 acc, int64_t r, int64_t n) const {
         if (gated) return gate(acc, r, n);
         int64_t count = out->cols - n < 16 ? out->cols - n : 16;

@@ -35,7 +35,7 @@ DTYPES: dict[np.dtype[Any], int] = {
     np.dtype(np.bool_): 5,
 }
 _BLOCK_FORMATS = {"q8_0": 18, "q4_0": 19, "q4_1": 20, "q4_k": 21, "q5_k": 22, "q6_k": 23}
-WEIGHT_FORMATS = {"f32": 16, "bf16": 17, **_BLOCK_FORMATS, **{f"{name}_a8": code + 32 for name, code in _BLOCK_FORMATS.items()}}
+WEIGHT_FORMATS = {"f32": 16, "bf16": 17, "i8": 24, **_BLOCK_FORMATS, **{f"{name}_a8": code + 32 for name, code in _BLOCK_FORMATS.items()}}
 SYMBOLS = {"": 0, "T": 1, "S": 2, "R": 3}
 
 
