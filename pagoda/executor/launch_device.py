@@ -154,7 +154,7 @@ def _scratch(config: EngineConfig, facts: ModelFacts, model: Model, sizes: Sizes
 def warm_up(runner: DeviceRunner, facts: ModelFacts, budget: KvBudget) -> None:
     """A prompt and a decoded token of every kind of request that the device draws, so that no later one waits for a compiler. They leave
     nothing but numbers in block 1, which belongs to nobody yet."""
-    if budget.max_model_len < 4 or budget.num_blocks < 2:
+    if budget.max_model_len < 4 or budget.num_blocks < 2 or runner.sizes.max_tokens < 2:
         return
     one: dict[str, Any] = {"seed": 0, "max_tokens": 2, "ignore_eos": True}
     stepped = {**one, "repetition_penalty": 1.1, "logit_bias": {0: 1.0}, "allowed_token_ids": [0, 1]}
