@@ -61,3 +61,5 @@ def test_its_parts_name_what_is_there() -> None:
         if "--shape" in part.command:
             assert part.command[part.command.index("--shape") + 1] in SHAPES
     assert check.BUDGET <= 25 * 60
+    with_bar = [i for i, part in enumerate(check.parts()) if part.bar is not None]
+    assert len(with_bar) == 3 and sum(part.seconds for part in check.parts()[: with_bar[1]]) < check.BUDGET, "bars come first"
