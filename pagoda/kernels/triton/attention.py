@@ -249,16 +249,19 @@ def scratch_nbytes(num_tokens: int, num_heads: int, table_width: int, cache: Dev
     return 0 if splits == 1 else 4 * num_tokens * num_heads * splits * (cache.head_dim + 2)
 
 
-def _tiles(arch: Arch, num_tokens: int, num_seqs: int, group: int, splits: int, cache: DevicePlane) -> _Tiles:
-    """Tiles that compile without spilling registers (`tests/kernels_triton/aot.py` compiles them for each architecture)."""
+def _tiles(arch: Arch, num_tokens: int, num_seqs: int, group: int, splits: int, cache: DevicePlane, *, has_sinks: bool) -> _Tiles:
+    """Tiles that compile without spilling registers, with Triton 3.6 and with 3.9 (`tests/kernels_triton/aot.py` compiles them for each
+    architecture)."""
     is_decode, is_wide, is_hip = num_tokens <= num_seqs, cache.head_dim > 128, arch.backend == "hip"
     is_old = not is_hip and arch.number < 90
     block_m = max(16, next_power_of_2(group))
     if (is_decode or cache.fixed_tiles) and block_m < 64:
-        block_n = (16 if is_old else 32) if is_wide else 64
+        block_n = (16 if is_old else 32) if is_wide or (is_hip and has_sinks) else 64
         stages = 2 if is_hip or is_old or is_wide or cache.dtype == "fp8_e4m3" else 3
         return _Tiles(block_m, block_n, splits if is_decode else 1, not is_decode and splits > 1, 8 if is_wide and is_old else 4, stages)
-    block_n = 64 if not (is_hip or is_old) else 16 if is_wide else 32
+    block_n = 64 if not (is_hip or is_old) else 16 if is_wide or (is_hip and has_sinks) else 32
+    if not is_hip and arch.number >= 100 and cache.head_dim <= 64:
+        block_n = 32
     is_merged = cache.fixed_tiles and not is_decode and splits > 1
     tile = block_m if is_decode or cache.fixed_tiles else max(block_m, 64 if is_wide else 128)
     return _Tiles(tile, block_n, splits if is_decode else 1, is_merged, 8, 2)
@@ -289,7 +292,7 @@ def attention(
         return sdpa_attention(q_TD, cache, block_table_SB, query_start_S1, seq_lens_S, scale=scale, window=window, out=out)
     tokens, seqs, heads = q_TD.shape[0], seq_lens_S.shape[0], q_TD.shape[1] // head_dim
     group = heads // cache.num_kv_heads
-    tiles = _tiles(arch_of(q_TD), tokens, seqs, group, num_splits(block_table_SB.shape[1], cache), cache)
+    tiles = _tiles(arch_of(q_TD), tokens, seqs, group, num_splits(block_table_SB.shape[1], cache), cache, has_sinks=sinks_H is not None)
     scratch = out
     if tiles.num_splits > 1:
         scratch = torch.empty((tokens, heads, tiles.num_splits, head_dim + 2), dtype=torch.float32, device=q_TD.device)
