@@ -119,11 +119,6 @@ class _Asks:
     num_logprobs: int  # -1: none
     wants_logits: bool
 
-    @property
-    def changes(self) -> bool:
-        """Whether logits change: without, the fused draw stands."""
-        return bool(len(self.edit_ids) or len(self.stop_ids) or self.is_masked or self.is_penalized)
-
 
 @dataclass
 class Drawn:
@@ -140,13 +135,12 @@ class Drawn:
             return []
         k = self.num_ids
         rows_LW = self.words.host[: len(self.seqs) * (2 * k + 2)].reshape(len(self.seqs), -1)
-        values_LK = rows_LW[:, k : 2 * k].view(np.float32).astype(np.float64)
-        found = []
-        for i, (s, asks) in enumerate(zip(self.seqs, self.asks, strict=True)):
-            normalizer = 0.0 if asks.wants_logits else float(rows_LW[i, 2 * k + 1 :].view(np.float32)[0])
-            count = 1 + asks.num_logprobs
-            found.append((s, TokenLogprobs(rows_LW[i, :count].tolist(), (values_LK[i, :count] - normalizer).tolist(), int(rows_LW[i, 2 * k]))))
-        return found
+        wants_logits_L1 = np.array([[asks.wants_logits] for asks in self.asks])
+        normalizer_L1 = np.where(wants_logits_L1, np.float32(0), rows_LW[:, 2 * k + 1 :].view(np.float32))
+        values = (rows_LW[:, k : 2 * k].view(np.float32).astype(np.float64) - normalizer_L1).tolist()
+        ids, ranks = rows_LW[:, :k].tolist(), rows_LW[:, 2 * k].tolist()
+        counts = [1 + asks.num_logprobs for asks in self.asks]
+        return [(s, TokenLogprobs(ids[i][:n], values[i][:n], ranks[i])) for i, (s, n) in enumerate(zip(self.seqs, counts, strict=True))]
 
 
 class DeviceSteps:
@@ -157,6 +151,9 @@ class DeviceSteps:
         self._device, self._table, self._tokens_NL, self._vocab_size = device, table, tokens_NL, vocab_size
         self.kind_N = np.zeros(n, np.int8)
         self._asks: list[_Asks | None] = [None] * n
+        self._num_logprobs_N = np.full(n, -1, np.int32)
+        self._changes_N, self._has_edits_N, self._is_masked_N, self._is_penalized_N = (np.zeros(n, np.bool_) for _ in range(4))
+        self._num_prompt_N, self._penalties_N3 = np.zeros(n, np.int32), np.zeros((n, 3), np.float32)
         self._num_counted_N = np.zeros(n, np.int32)
         self._num_words = -(-vocab_size // 32)
         self._seen_NV = device.zeros((n, vocab_size), "int32")
@@ -177,6 +174,12 @@ class DeviceSteps:
             self._asks[new.slot] = asks = self._asks_of(new) if kind == Kind.STEPS else None
             if asks is None:
                 continue
+            slot, params = new.slot, info.params
+            self._num_logprobs_N[slot], self._num_prompt_N[slot] = asks.num_logprobs, asks.num_prompt
+            self._has_edits_N[slot] = len(asks.edit_ids) + len(asks.stop_ids) > 0
+            self._is_masked_N[slot], self._is_penalized_N[slot] = asks.is_masked, asks.is_penalized
+            self._changes_N[slot] = self._has_edits_N[slot] or asks.is_masked or asks.is_penalized
+            self._penalties_N3[slot] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
             if asks.is_penalized:
                 self._num_counted_N[new.slot] = 0
                 self._seen_NV[new.slot].zero_()
@@ -210,27 +213,24 @@ class DeviceSteps:
         """Draws rows anew that have steps, in place of their ids in `ids_R`, and starts log-probabilities towards `words`.
 
         Sequence, row of logits, slot and position of the token drawn, of each row with STEPS."""
-        asks = [self._asks[slot] for slot in slots.tolist()]
-        wants = np.array([a is not None and a.num_logprobs >= 0 for a in asks], np.bool_)
-        changes = np.array([a is not None and a.changes for a in asks], np.bool_)
+        wants, changes = self._num_logprobs_N[slots] >= 0, self._changes_N[slots]
         order = np.argsort(np.where(changes, np.where(wants, 1, 0), 2), kind="stable")  # changed rows first, those with log-probabilities last
         num_changed, first_wanted = int(changes.sum()), int((changes & ~wants).sum())
-        kept = [a for a in (asks[i] for i in order.tolist()) if a is not None]
         rows, slots, places = rows[order].astype(np.int32), slots[order].astype(np.int32), places[order]
         packet = {"row": rows, "wanted_row": rows[first_wanted:]}
         if num_changed:
             packet |= _draw_inputs(self._table, slots[:num_changed], places[:num_changed])
-            packet |= self._step_inputs(kept[:num_changed], slots[:num_changed], places[:num_changed])
+            packet |= self._step_inputs(slots[:num_changed], places[:num_changed])
         sent = self._packets.send(packet)
         x_MV = logits_RV.new_empty((len(rows), logits_RV.shape[1]), dtype=torch.float32)
         logits_ops.copy_rows(logits_RV, sent["row"], x_MV)
-        drawn = Drawn(seqs[order][first_wanted:].tolist(), kept[first_wanted:])
+        drawn = Drawn(seqs[order][first_wanted:].tolist(), [a for a in (self._asks[slot] for slot in slots[first_wanted:].tolist()) if a is not None])
         raw = self._raw(x_MV[first_wanted:], drawn)
         if num_changed:
             good = ops.row_is_finite(x_MV[:num_changed])  # a mask would hide what is not
             self._change(x_MV, sent)
-            penalized = [i for i in range(num_changed) if kept[i].is_penalized]
-            if penalized:
+            penalized = np.flatnonzero(self._is_penalized_N[slots[:num_changed]])
+            if len(penalized):
                 self._penalize(x_MV, sent, int((places[penalized] - self._num_counted_N[slots[penalized]]).max()))
                 self._num_counted_N[slots[penalized]] = places[penalized]
             logits_ops.put_ids(ids_R, sent["row"][:num_changed], ops.sample(x_MV[:num_changed], *_drawn_by(sent)), good)
@@ -238,29 +238,29 @@ class DeviceSteps:
             self._report(logits_RV, ids_R, sent["wanted_row"], raw, drawn, words)
         return drawn
 
-    def _step_inputs(self, asks: Sequence[_Asks], slots: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
+    def _step_inputs(self, slots: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
         """Edits, masks and penalties of rows 0, 1, ... in the order given."""
         found: dict[str, np.ndarray] = {}
         ids, values, rows = [], [], []
-        for i, a in enumerate(asks):
+        for i in np.flatnonzero(self._has_edits_N[slots]).tolist():
+            a = self._asks[slots[i]]
+            assert a is not None
             banned = a.stop_ids if places[i] < a.free_from else a.stop_ids[:0]
             ids += [a.edit_ids, banned]
             values += [a.edit_values, np.full(len(banned), _LOWEST)]
             rows.append(np.full(len(a.edit_ids) + len(banned), i, np.int32))
         if sum(map(len, ids)):
             found |= {"edit_id": np.concatenate(ids), "edit_value": np.concatenate(values), "edit_row": np.concatenate(rows)}
-        masked = [i for i, a in enumerate(asks) if a.is_masked]
-        if masked:
-            found |= {"mask_row": np.array(masked, np.int32), "mask_slot": slots[masked]}
-        penalized = np.array([a.is_penalized for a in asks], np.bool_)
+        masked = np.flatnonzero(self._is_masked_N[slots]).astype(np.int32)
+        if len(masked):
+            found |= {"mask_row": masked, "mask_slot": slots[masked]}
+        penalized = self._is_penalized_N[slots]
         if penalized.any():
-            params = [self._table.info(slot).params for slot in slots.tolist()]
+            names = ("repetition", "frequency", "presence")
             found |= {
                 "seen_slot": np.where(penalized, slots, -1).astype(np.int32), "begin": self._num_counted_N[slots],
-                "end": places.astype(np.int32), "num_prompt": np.array([a.num_prompt for a in asks], np.int32),
-                "repetition": np.array([p.repetition_penalty for p in params], np.float32),
-                "frequency": np.array([p.frequency_penalty for p in params], np.float32),
-                "presence": np.array([p.presence_penalty for p in params], np.float32),
+                "end": places.astype(np.int32), "num_prompt": self._num_prompt_N[slots],
+                **{name: self._penalties_N3[slots, i] for i, name in enumerate(names)},
             }  # fmt: skip
         return found
 
@@ -297,8 +297,9 @@ class DeviceSteps:
 
     def num_words(self, slots: np.ndarray) -> int:
         """Words that log-probabilities of these slots take at most."""
-        counts = [a.num_logprobs for a in (self._asks[slot] for slot in slots.tolist()) if a is not None and a.num_logprobs >= 0]
-        return len(counts) * (2 * (1 + next(size for size in _TOP if size >= max(counts))) + 2) if counts else 0
+        counts = self._num_logprobs_N[slots]
+        wanted = int((counts >= 0).sum())
+        return wanted * (2 * (1 + next(size for size in _TOP if size >= counts.max())) + 2) if wanted else 0
 
     # ---- grammars
 
