@@ -24,13 +24,6 @@ __all__ = ["SCHEMES", "Precision", "Scheme", "not_kept", "scheme_for"]
 _PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
 KEPT_BLOCK_FORMATS = {name.upper(): name for name in ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")}
 DENSE_FORMATS = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}  # float16 exists on a GPU only, whose place narrows it
-QUANTIZED_FORMATS = {"int8": "q8_0", "int4": "q4_1"}
-
-# What `int4` leaves alone in a matrix and, because the vocabulary's table is worth eight bits, in a table.
-_SMALL_ENOUGH = {"int8": ("q8_0",), "int4": ("q4_0", "q4_1", "q4_k")}
-_SMALL_ENOUGH_TABLE = {"int8": ("q8_0",), "int4": tuple(KEPT_BLOCK_FORMATS.values())}
-
-
 @dataclass(frozen=True)
 class Precision:
     """What the user asked of a model's weights and products."""
@@ -39,13 +32,21 @@ class Precision:
     """Of weights that stay floats: "float32" or "bfloat16"; on a GPU "float16" too."""
 
     quantization: Literal["int8", "int4"] | None = None
-    """Blocks of 8 or of 4 bits made while loading; None: as the checkpoint has them."""
+    """Weights of 8 or of 4 bits made while loading; None: as the checkpoint has them. Blocks of 32, but int8 to be multiplied with
+    8-bit activations has one scale an output (format i8)."""
 
     activations: Literal["int8", "int16"] = "int16"
     """What block formats multiply with."""
 
     place: Place = HOST
     """Where weights go once they are read."""
+
+
+def _blocks_for(precision: Precision, is_table: bool) -> tuple[tuple[str, ...], str]:
+    """Stored formats that quantizing leaves alone, and the one it makes of the others. `int4` keeps the vocabulary's table in eight bits."""
+    if precision.quantization == "int8":
+        return ((), "i8") if precision.activations == "int8" else (("q8_0",), "q8_0")
+    return (tuple(KEPT_BLOCK_FORMATS.values()), "q8_0") if is_table else (("q4_0", "q4_1", "q4_k"), "q4_1")
 
 
 class Scheme(Protocol):
@@ -70,12 +71,8 @@ class _Dense:
 
     def format_of(self, part: SourceTensor, precision: Precision, *, is_table: bool = False) -> str:
         stored = KEPT_BLOCK_FORMATS.get(part.ggml_type or "")
-        wanted = precision.quantization
-        if wanted:
-            small = (_SMALL_ENOUGH_TABLE if is_table else _SMALL_ENOUGH)[wanted]
-            target = "q8_0" if is_table else QUANTIZED_FORMATS[wanted]
-            if target == "q8_0" and wanted == "int8" and precision.activations == "int8":
-                target = "i8"
+        if precision.quantization:
+            small, target = _blocks_for(precision, is_table)
             if stored not in small and part.shape[-1] % width_unit(target) == 0:
                 stored = target
         if stored is None:

@@ -55,7 +55,7 @@ def test_formats(stored: str | None, quantization: str | None, matrix: str, tabl
     part = blocks(stored, 16, 256) if stored else floats(16, 256)
     precision = Precision("bfloat16", quantization, activations)  # type: ignore[arg-type]
     for is_table, expected in ((False, matrix), (True, table)):
-        if activations == "int8" and quantization == "int8" and stored != "Q8_0":
+        if activations == "int8" and quantization == "int8":
             expected = "i8"
         suffix = "_a8" if activations == "int8" and expected not in ("bf16", "i8") else ""
         scheme = scheme_for(part)

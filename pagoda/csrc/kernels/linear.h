@@ -73,7 +73,7 @@ struct linear_op {
         int64_t begin, end;
         if (converts_once(c, num_threads)) {
             if (phase == 0) {
-                fetch_first(c, tid);
+                fetch_first(c, tid, num_threads);
                 while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end)) convert(c, x, begin, end, room);
                 return;
             }
@@ -84,31 +84,38 @@ struct linear_op {
         if (unpacks(c)) return multiply_unpacked(c, x, tid, num_threads);
         if (c.t[1].dtype == PG_W_F32 || c.t[1].dtype == PG_W_BF16) return multiply_floats(c, x, tid, num_threads);
         const int64_t panels = (c.t[4].cols + 15) / 16;   // of a gated product those of the gate, each with its factor's
-        const int64_t chunk = c.rows > kPartRows ? even_share(panels, num_threads)
-                                                : round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
+        const int64_t chunk = c.t[1].dtype == PG_W_I8 ? even_share(panels, num_threads, kI8Panels)
+                                                      : round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
         while (take(c, panels, chunk, &begin, &end)) {
             const int64_t likely = upcoming(c) + (num_threads - 1) * chunk, next = likely < panels ? likely : -1;   // the others come first
             multiply(c, x, begin, end, c.i[1] ? begin + panels : next);
             if (c.i[1]) multiply(c, x, begin + panels, end + panels, next);
         }
     }
-    // About four panels, such that every thread gets as many shares as the others.
-    static int64_t even_share(int64_t panels, int64_t num_threads) {
-        const int64_t shares = panels / (4 * num_threads) * num_threads;
-        return shares ? round_up((panels + shares - 1) / shares, 2) : 1;
+    // About four panels, a multiple of `unit`, such that every thread gets as many shares as the others.
+    static int64_t even_share(int64_t panels, int64_t num_threads, int64_t unit) {
+        const int64_t shares = panels / (4 * num_threads) * num_threads, least = (panels + num_threads - 1) / num_threads;
+        if (!shares) return least < unit ? least : unit;
+        const int64_t share = (panels + shares - 1) / shares;
+        return (share + unit - 1) / unit * unit;
     }
     static Finish finish_of(const Call& c) { return {&c.t[2], &c.t[3], &c.t[4], c.t[1].rows, c.i[1]}; }
 
     // The panels this thread will probably begin with come from memory while the rows are converted.
-    static void fetch_first(const Call& c, int tid) {
+    static void fetch_first(const Call& c, int tid, int num_threads) {
         const pg_tensor& w = c.t[1];
-        if (!unpacks(c)) return;
-        int64_t bytes = 0;
+        int64_t bytes = 0, first = 0;
+        if (w.dtype == PG_W_I8) {
+            bytes = i8_panel_bytes(w.cols) * kI8Panels;
+            first = tid * even_share((c.t[4].cols + 15) / 16, num_threads, kI8Panels) * i8_panel_bytes(w.cols);
+        } else if (unpacks(c)) {
 #define PG_PANEL_BYTES(Format, Act) bytes = panel_bytes<Format>(w.cols) * kBlockPanels
-        PG_BLOCK_FORMAT(w.dtype, PG_PANEL_BYTES)
+            PG_BLOCK_FORMAT(w.dtype, PG_PANEL_BYTES)
 #undef PG_PANEL_BYTES
-        if ((tid + 1) * 16 * kBlockPanels > w.rows) return;
-        const char* at = static_cast<const char*>(w.data) + tid * bytes;
+            first = tid * bytes;
+        }
+        if (w.rows < 256 * num_threads) return;   // a narrow one
+        const char* at = static_cast<const char*>(w.data) + first;
         for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
     }
 

@@ -31,6 +31,15 @@ PG_INLINE f32x16 butterfly(f32x16 v) {
 }
 PG_INLINE f32x16 hadamard(f32x16 v) { return butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v)))); }
 
+// The Hadamard matrix of 4 on vectors h apart.
+PG_INLINE void four_apart(float* x, int64_t h, f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+    const f32x16 ab = add(a, b), a_b = sub(a, b), cd = add(c, d), c_d = sub(c, d);
+    store(x, add(ab, cd));
+    store(x + h, add(a_b, c_d));
+    store(x + 2 * h, sub(ab, cd));
+    store(x + 3 * h, sub(a_b, c_d));
+}
+
 // y = x (Hartley (x) I) of m = 2 half + 1 blocks, in which b and m - b come as sum and difference: cos + sin of an angle and of its opposite
 // share their products. x is overwritten. kVectors of a block at a time.
 template <int kVectors>
@@ -67,8 +76,18 @@ static void hartley(float* x, float* y, int64_t block, int64_t half, const float
 // x U, in x or in y; x is overwritten. k is a multiple of 16.
 static const float* rotate(float* x, float* y, int64_t k, const float* cosines) {
     const int64_t block = k & -k, half = k / block / 2;
-    for (int64_t i = 0; i < k; i += 16) store(x + i, hadamard(load(x + i)));
-    for (int64_t h = 16; h < block; h *= 2)
+    int64_t h = 16;
+    if (block >= 64) {
+        for (int64_t i = 0; i < k; i += 64)
+            four_apart(x + i, 16, hadamard(load(x + i)), hadamard(load(x + i + 16)), hadamard(load(x + i + 32)), hadamard(load(x + i + 48)));
+        h = 64;
+    } else {
+        for (int64_t i = 0; i < k; i += 16) store(x + i, hadamard(load(x + i)));
+    }
+    for (; 4 * h <= block; h *= 4)
+        for (int64_t i = 0; i < k; i += 4 * h)
+            for (int64_t j = i; j < i + h; j += 16) four_apart(x + j, h, load(x + j), load(x + j + h), load(x + j + 2 * h), load(x + j + 3 * h));
+    for (; h < block; h *= 2)
         for (int64_t i = 0; i < k; i += 2 * h)
             for (int64_t j = i; j < i + h; j += 16) {
                 const f32x16 a = load(x + j), b = load(x + j + h);
