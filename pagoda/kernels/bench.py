@@ -23,6 +23,7 @@ import numpy as np
 from pagoda.kernels import gguf_blocks, ops
 from pagoda.kernels.cpu import library
 from pagoda.kernels.kv import DTYPES, allocate_kv_plane, bytes_per_block
+from pagoda.kernels.memory import allocate
 from pagoda.kernels.record import Recorder
 from pagoda.kernels.weight import FORMATS, GgmlRows, Weight, pack, packed_nbytes, storage_of, width_unit
 
@@ -57,7 +58,14 @@ def _weights(format: str, n: int, k: int, copies: int) -> list[Weight]:
         first = pack(format, [GgmlRows(kind, rng.integers(0, 60, (n, k // values * nbytes), np.uint8))])
     else:
         first = pack(format, [rng.standard_normal((n, k), np.float32)])
-    return [first, *(Weight(format, (n, k), first.data.copy()) for _ in range(copies - 1))]
+    return [first, *(Weight(format, (n, k), _copy(first.data)) for _ in range(copies - 1))]
+
+
+def _copy(data: np.ndarray) -> np.ndarray:
+    """On huge pages, as the loader's weights are."""
+    made: np.ndarray = allocate(data.nbytes).view(data.dtype).reshape(data.shape)
+    made[...] = data
+    return made
 
 
 def _linear(format: str, rows: int, k: int, n: int) -> Row:

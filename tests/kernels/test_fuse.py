@@ -171,8 +171,9 @@ def _attend(*, qkv: Array, positions: Array, slots: Array, table: Array, lens: A
 
 @pytest.mark.parametrize(
     ("lens", "queries"),
-    [([1], [1]), ([70, 17, 128, 33], [1, 1, 1, 1]), ([70, 32, 16], [2, 3, 1]), ([90, 40, 33], [1, 40, 9]), ([2100], [1]), ([1500, 20], [1, 1])],
-    ids=["first", "decode", "few", "mixed", "long", "long-and-short"],
+    [([1], [1]), ([70, 17, 128, 33], [1, 1, 1, 1]), ([70, 32, 16], [2, 3, 1]), ([90, 40, 33], [1, 40, 9]), ([2100], [1]), ([1500, 20], [1, 1]),
+     ([1 + 9 * i for i in range(20)], [1] * 20), ([63 + i for i in range(16)], [1 + i % 5 for i in range(16)])],
+    ids=["first", "decode", "few", "mixed", "long", "long-and-short", "heads-together", "few-across-tiles"],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_brings_its_own_keys(isa: str, dtype: str, lens: list[int], queries: list[int]) -> None:

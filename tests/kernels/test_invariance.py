@@ -12,7 +12,7 @@ from pagoda.kernels.cpu import library
 from pagoda.kernels.kv import DTYPES, allocate_kv_plane
 from pagoda.kernels.weight import FORMATS
 
-from .cases import fill_with_nan, normal, rope_table, sample_inputs, weight, width_for
+from .cases import fill_with_nan, filled_cache, normal, rope_table, sample_inputs, weight, width_for
 
 BATCHES = (1, 2, 5, 9, 33, 65)
 
@@ -129,3 +129,24 @@ def test_parts_of_a_long_context(dtype: str, window: int, threads: int) -> None:
     np.testing.assert_array_equal(alone, whole[picked])
     np.testing.assert_array_equal(ask([(i, i + 1) for i in picked]), whole[picked])
     np.testing.assert_array_equal(ask([(1690, 1700), (500, 530)]), np.concatenate([whole[1690:1700], whole[500:530]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 40])
+def test_heads_taken_together(dtype: str, window: int, threads: int) -> None:
+    """Many sequences, whose heads one task takes together, give the bits of each one alone, whose heads are tasks of their own."""
+    heads, group, dim, seqs = 3, 2, 32, 26
+    rng = np.random.default_rng(12)
+    lens = np.array([1, 1100, *rng.integers(1, 210, seqs - 2)], np.int32)
+    cache, table = filled_cache(rng, dtype, block_size=16, heads=heads, dim=dim, lens=list(lens))
+    q = normal(rng, seqs, heads * group * dim)
+
+    def ask(chosen: slice) -> np.ndarray:
+        count = len(lens[chosen])
+        starts = np.arange(count + 1, dtype=np.int32)
+        return ops.attention(q[chosen], cache, table[chosen], starts, lens[chosen], scale=0.2, head_dim=dim, window=window)
+
+    whole = ask(slice(0, seqs))
+    assert np.isfinite(whole).all()
+    np.testing.assert_array_equal(np.concatenate([ask(slice(i, i + 1)) for i in range(seqs)]), whole)
+    np.testing.assert_array_equal(ask(slice(3, 7)), whole[3:7])

@@ -2,14 +2,17 @@
 //
 // The query heads that share a key-value head, of all queries of a sequence, are rows: row m is query m / G, head
 // m % G of the group of G. A task is some consecutive rows of one (sequence, key-value head); they share each read of
-// K and V. Keys are walked in tiles of 64 at absolute positions 0, 64, 128, ... with an online softmax:
+// K and V. Where a sequence's rows are one task a head (decoding), a task takes several heads together, tile by tile: they lie side
+// by side in a page, and memory is faster in longer runs. Keys are walked in tiles of 64 at absolute positions 0, 64, 128, ... with
+// an online softmax:
 //
 //     s = (scale * q).k - m, -inf where not seen;   p = exp(s)
 //     l = l + p  (16 lanes);                        o = o + p v,  key after key
 //
 // where m is the largest score of the first tile, raised only when a score is above it by more than 8: until then the numbers
-// are as good, and raising costs a pass over o. The sum that makes a score begins with -m, unless scores are capped. At absolute positions 1024, 2048, ... a row starts afresh, and its parts are
-// merged from the first to the last, whoever computed them: so a long context can be shared out among threads.
+// are as good, and raising costs a pass over o. The sum that makes a score begins with -m, unless scores are capped. At absolute
+// positions 1024, 2048, ... a row starts afresh, and its parts are merged from the first to the last, whoever computed them: so a long
+// context can be shared out among threads.
 //
 // A row's numbers depend on its own keys only: a key it does not see adds p = 0, a tile it does not see leaves m, l
 // and o as they are, bit for bit. So prefill, chunks and decode agree. Keys outside the rows' range are not read, for
@@ -17,11 +20,11 @@
 //
 // The keys and values of the rows themselves may come along, with queries and keys not turned yet (pagoda/kernels/fuse.py joins the
 // steps). Then keys are turned and written in a phase before, or, where each sequence is one tile of rows (decoding), by the task of
-// their sequence and head just before it attends: no other task reads them. Queries are turned where they are scaled.
+// their sequence and head when it comes to their tile: no other task reads them. Queries are turned where they are scaled.
 #pragma once
 
 struct AttentionSizes {
-    static constexpr int64_t kRows = 48, kKeys = 64, kGroups = kKeys / 16, kPart = 1024;
+    static constexpr int64_t kRows = 48, kKeys = 64, kGroups = kKeys / 16, kPart = 1024, kBundleBytes = 64 << 10;
     // A row's state is [o: dim, padded][l: 16][m, is_used, unused: 16].
     static int64_t state_floats(int64_t dim) { return round_up(dim, 16) + 32; }
     static int64_t thread_bytes(int64_t dim) {
@@ -39,12 +42,13 @@ struct AttentionSizes {
 struct AttentionWork : AttentionSizes {
     struct Sequence {
         int64_t index, start, queries, keys, tiles, first_part, parts, shared_row, before, tasks;   // parts 0: not shared out
+        int64_t bundle;   // key-value heads of a task
     };
 
     const Call& c;
     const int64_t heads, group, window;
     const int32_t *starts, *lens;
-    int64_t per, share, room, index = -1, before = 0, used = 0;
+    int64_t per, share, room, most_heads, index = -1, before = 0, used = 0;
     Sequence at{};
 
     AttentionWork(const Call& call, int num_threads)
@@ -54,6 +58,10 @@ struct AttentionWork : AttentionSizes {
         const int64_t most = group < kRows ? kRows / group * group : kRows, least = group < kRows ? group : kRows;
         const int64_t rows = c.rows * group * heads / (num_threads * 4) / group * group;
         per = rows < least ? least : rows > most ? most : rows;
+        // Heads lie side by side in memory, which is read faster in longer runs, as long as there are tasks enough for all threads.
+        most_heads = kBundleBytes / (kKeys * 2 * c.i[2] * (c.t[1].dtype == PG_F32 ? 4 : c.t[1].dtype == PG_BF16 ? 2 : 1));
+        most_heads = most_heads < 1 ? 1 : most_heads > heads ? heads : most_heads;
+        while (most_heads > 1 && c.t[5].rows * ((heads + most_heads - 1) / most_heads) < 8 * num_threads) --most_heads;
         int64_t total = 0;
         for (int64_t s = 0; s < c.t[5].rows; ++s)
             if (is_right(s)) total += ((starts[s + 1] - starts[s]) * group + per - 1) / per * heads * lens[s];
@@ -66,17 +74,18 @@ struct AttentionWork : AttentionSizes {
 
     // Task n of the sequence: which head, and which part or tile of rows, the last first.
     int64_t tiles() const { return at.parts ? at.parts : at.tiles; }
-    int64_t head_of(int64_t n) const { return n / tiles(); }
+    int64_t head_of(int64_t n) const { return n / tiles() * at.bundle; }
+    int64_t heads_of(int64_t n) const { return heads - head_of(n) < at.bundle ? heads - head_of(n) : at.bundle; }
     int64_t tile_of(int64_t n) const { return tiles() - 1 - n % tiles(); }
 
     // Where the keys of a task lie: from `key` to before `end`, which is 0 for no task.
     struct Place {
-        int64_t sequence = 0, head = 0, key = 0, end = 0;
+        int64_t sequence = 0, head = 0, heads = 0, key = 0, end = 0;
     };
     Place place(int64_t n) const {
         const int64_t first_row = at.parts ? 0 : tile_of(n) * per, to = at.keys - at.queries + first_row / group + 1;
         const int64_t low = window > 0 && to > window ? to - window : 0, part = at.parts ? (at.first_part + tile_of(n)) * kPart : 0;
-        return {at.index, head_of(n), part > low ? part : low, at.keys};
+        return {at.index, head_of(n), heads_of(n), part > low ? part : low, at.keys};
     }
 
     // Moves to the next sequence; false after the last one.
@@ -94,12 +103,15 @@ struct AttentionWork : AttentionSizes {
         at.queries = starts[index + 1] - starts[index];
         at.keys = lens[index];
         at.tiles = (at.queries * group + per - 1) / per;
-        at.tasks = at.tiles * heads;
+        const int64_t fit = at.tiles == 1 && at.queries > 0 ? kRows / (at.queries * group) : 1;
+        at.bundle = fit < 1 ? 1 : fit < most_heads ? fit : most_heads;
+        at.tasks = at.tiles * ((heads + at.bundle - 1) / at.bundle);
         const int64_t low = at.keys - at.queries + 1 - window, parts = (at.keys - 1) / kPart + 1;
         const int64_t first = window > 0 && low > 0 ? low / kPart : 0, rows = at.queries * group * heads * (parts - first);
         if (at.tiles == 1 && parts - first > 1 && at.keys > share && used + rows <= room) {
             at.first_part = first;
             at.parts = parts - first;
+            at.bundle = 1;
             at.tasks = at.parts * heads;
             at.shared_row = used;
             used += rows;
@@ -122,8 +134,13 @@ struct AttentionWork : AttentionSizes {
         return rows == c.rows;
     }
 
-    // Moves on to the sequence of a task; tasks are asked for in growing order. False when there are no more.
+    // Moves to the sequence of a task. False when there is no such task.
     bool find(int64_t task) {
+        if (task < at.before || index < 0 || index >= c.t[5].rows) {
+            index = -1;
+            before = used = 0;
+            at = {};
+        }
         while (index < 0 || (index < c.t[5].rows && task >= before + at.tasks))
             if (!advance()) return false;
         return index < c.t[5].rows;
@@ -144,6 +161,7 @@ struct Attention : AttentionSizes {
     const Turning turning;          // of a call that brings new tokens
     const NewTokens fresh;
     const bool is_joined;
+    const int tid;
     bool writes = false;   // each task its own
 
     // Scratch of one thread.
@@ -157,20 +175,23 @@ struct Attention : AttentionSizes {
     float *start, *limit, *none;   // [kRows] -m; the s above which m is raised; zeros
     const char* keys[kGroups];   // of the current tile
     const Element* values[kGroups];
-    // Of the tile after it, here or in the task that is likely next. It is asked for line by line while this one is worked on:
-    // pages lie anywhere, so the hardware cannot guess them.
+    // What is asked for line by line while a tile is worked on: of the tile after it, here or in the task that is likely next. Pages
+    // lie anywhere, so the hardware cannot guess them.
     bool fetch = false;
     int64_t keys_end = 0;         // of this task
     AttentionWork::Place after;   // of the next one
+    AttentionWork::Place next;    // the tile after this one, of all heads of its task
+    int64_t next_bytes[kGroups];  // where its groups lie, of its first head
+    int64_t next_groups, next_group, next_side, next_head;   // how many groups it has, and what comes next: page by page, keys first
     const char *next_keys[kGroups], *next_values[kGroups];
 
-    Attention(const Call& call, int tid, int num_threads)
+    Attention(const Call& call, int thread, int num_threads)
         : c(call), cache(Cache::of(&call.t[1], &call.t[2], call.i)), dim(cache.dim), wide(round_up(dim, 16)),
           group(call.t[0].cols / (cache.heads * dim)), window(call.i[4]), q_bytes(round_up(Kind::query_bytes(dim), 64)),
           state_size(state_floats(dim)), scale(float(call.f[0]) * Kind::kUnit), cap(float(call.f[1]) * Kind::kUnit),
           shared((float*)(call.scratch + num_threads * thread_bytes(dim))), turning{call.t[10], call.t[11]},
-          fresh(call, cache, call.t[7], call.t[8], call.t[9], &turning), is_joined(call.t[7].data) {
-        char* p = call.scratch + tid * thread_bytes(dim);
+          fresh(call, cache, call.t[7], call.t[8], call.t[9], &turning), is_joined(call.t[7].data), tid(thread) {
+        char* p = call.scratch + thread * thread_bytes(dim);
         now = (float*)p;
         total = now + kRows * state_size;
         s = total + kRows * state_size;
@@ -192,17 +213,8 @@ struct Attention : AttentionSizes {
             if (!writes && phase-- == 0) return fresh.write_all(num_threads);
         }
         AttentionWork work(c, num_threads);
+        if (phase == 0) return run_tasks(work, num_threads);
         int64_t next, end;
-        if (phase == 0) {
-            while (take(c, INT64_MAX / 2, 1, &next, &end)) {
-                if (!work.find(next)) return;
-                AttentionWork ahead = work;
-                const int64_t guess = upcoming(c) + num_threads - 1;   // the others take one each before this thread does again
-                after = ahead.find(guess) ? ahead.place(guess - ahead.before) : AttentionWork::Place{};
-                task(work, next - work.before);
-            }
-            return;
-        }
         take(c, INT64_MAX / 2, 1, &next, &end);
         for (int64_t count = 0; work.advance();)   // tasks are the heads of sequences that were shared out
             for (int64_t head = 0; work.at.parts && head < cache.heads; ++head, ++count)
@@ -210,6 +222,23 @@ struct Attention : AttentionSizes {
                     merge_shared(work.at, head);
                     take(c, INT64_MAX / 2, 1, &next, &end);
                 }
+    }
+
+    // Tasks of like size are shared out in halves, so that this thread knows what comes next; of a prompt's the smallest come last.
+    void run_tasks(AttentionWork& work, int num_threads) {
+        bool is_even = true;
+        while (work.advance()) is_even = is_even && work.at.tiles <= 1;
+        const int64_t count = work.before;
+        const Halves halves = Halves::of(c, count, 1, tid, num_threads);
+        AttentionWork ahead = work;
+        Halves::Range now, likely;
+        int64_t end;
+        while (is_even ? halves.take(&now, &likely) : take(c, count, 1, &now.begin, &end)) {
+            const int64_t guess = !is_even ? upcoming(c) + num_threads - 1 : likely.begin < likely.end ? likely.begin : INT64_MAX;
+            after = ahead.find(guess) ? ahead.place(guess - ahead.at.before) : AttentionWork::Place{};
+            work.find(now.begin);
+            task(work, now.begin - work.at.before);
+        }
     }
 
     const float* query_of(int64_t head, int64_t start, int64_t r) const {
@@ -226,18 +255,18 @@ struct Attention : AttentionSizes {
 
     void task(const AttentionWork& work, int64_t n) {
         const AttentionWork::Sequence& at = work.at;
-        const int64_t head = work.head_of(n), tile = work.tile_of(n), first = at.parts ? 0 : tile * work.per, left = at.queries * group - first;
-        const int rows = int(left < work.per ? left : work.per);
+        const int64_t head = work.head_of(n), num_heads = work.heads_of(n), tile = work.tile_of(n), first = at.parts ? 0 : tile * work.per;
+        const int64_t left = at.queries * group - first;
+        const int per_head = int(left < work.per ? left : work.per), rows = int(num_heads) * per_head;
         int64_t low = INT64_MAX, high = 0;
-        if (writes) fresh.write(at.start, at.start + at.queries, head, head + 1);
         for (int a = 0; a < rows; ++a) {
-            const int64_t r = first + a;
+            const int64_t r = first + a % per_head, own = head + a / per_head;
             float turned[512];
-            const float* x = query_of(head, at.start, r);
+            const float* x = query_of(own, at.start, r);
             if (is_joined && turning.turn(c, at.start + r / group, x, turned, dim, dim)) x = turned;
             Kind::load_query(x, scale, dim, q + a * q_bytes);
             if (a + 6 < rows)
-                for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(query_of(head, at.start, r + 6) + d);
+                for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(query_of(own, at.start, r + 6) + d);
             to[a] = at.keys - at.queries + r / group + 1;
             from[a] = window > 0 && to[a] > window ? to[a] - window : 0;
             low = from[a] < low ? from[a] : low;
@@ -253,7 +282,7 @@ struct Attention : AttentionSizes {
                 start[a] = 0.0f;
                 limit[a] = -INFINITY;
             }
-            if (!walk(at, head, rows, begin, stop)) return;
+            if (!walk(at, head, num_heads, per_head, begin, stop)) return;
             for (int a = 0; a < rows; ++a) {
                 float* state = now + a * state_size;
                 state[wide + 17] = from[a] < stop && to[a] > begin ? 1.0f : 0.0f;
@@ -262,7 +291,8 @@ struct Attention : AttentionSizes {
             }
         }
         if (at.parts == 0)
-            for (int a = 0; a < rows; ++a) finish((first_part < last_part ? total : now) + a * state_size, out_of(head, at.start, first + a));
+            for (int a = 0; a < rows; ++a)
+                finish((first_part < last_part ? total : now) + a * state_size, out_of(head + a / per_head, at.start, first + a % per_head));
     }
 
     void merge_shared(const AttentionWork::Sequence& at, int64_t head) {
@@ -298,16 +328,25 @@ struct Attention : AttentionSizes {
         if (d < dim) store_n(y + d, mul(load(state + d), inverse), dim - d);
     }
 
-    // Keys [low, high) for all rows.
-    bool walk(const AttentionWork::Sequence& at, int64_t head, int rows, int64_t low, int64_t high) {
+    // Keys [low, high) for all rows, tile by tile and in each head by head.
+    bool walk(const AttentionWork::Sequence& at, int64_t head, int64_t num_heads, int per_head, int64_t low, int64_t high) {
         for (int64_t base = low / kKeys * kKeys; base < high; base += kKeys) {
             const int64_t begin = low > base ? low - base : 0, stop = high - base < kKeys ? high - base : kKeys;
             const int first = int(begin / 16), last = int((stop + 15) / 16);
-            if (!find_pages(at.index, head, base, first, last)) return false;
-            if (base + kKeys < keys_end) find_next(at.index, head, base + kKeys, keys_end);
-            else find_next(after.sequence, after.head, after.key / kKeys * kKeys, after.end);
-            if constexpr (Kind::kUnpacks) unpack(first, last);
-            tile(rows, base, begin, stop);
+            if (base + kKeys < keys_end) find_next({at.index, head, num_heads, base + kKeys, keys_end});
+            else find_next(after);
+            // Its own keys are written late: by now their pages have come.
+            if (writes && base <= at.keys - at.queries && base + kKeys > at.keys - at.queries)
+                fresh.write(at.start, at.start + at.queries, head, head + num_heads);
+            for (int h = 0; h < num_heads; ++h) {
+                if (!find_pages(at.index, head + h, base, first, last)) return false;
+                choose_next(at.tiles > 1 || (first == 0 && last == kGroups));
+                if (at.tiles == 1)   // one page after the other: read side by side they would make the hardware fetch what nobody wants
+                    for (int g = first; g < last; ++g)
+                        for (int64_t b = 0; b < cache.group_bytes; b += 64) __builtin_prefetch(keys[g] + b, 0, 3);
+                if constexpr (Kind::kUnpacks) unpack(first, last);
+                tile(h * per_head, (h + 1) * per_head, base, begin, stop);
+            }
         }
         return true;
     }
@@ -339,14 +378,45 @@ struct Attention : AttentionSizes {
         return true;
     }
 
-    void find_next(int64_t sequence, int64_t head, int64_t base, int64_t high) {
-        const int last = base >= high ? 0 : high - base >= kKeys ? int(kGroups) : int((high - base + 15) / 16);
-        int64_t bytes[kGroups];
-        fetch = last > 0 && find_groups(sequence, head, base, 0, last, bytes);   // else reported when the tile is reached
-        for (int g = 0; fetch && g < int(kGroups); ++g) {
-            const int64_t byte = bytes[g < last ? g : last - 1];
-            next_keys[g] = static_cast<const char*>(cache.k->data) + byte;
-            next_values[g] = static_cast<const char*>(cache.v->data) + byte;
+    void find_next(const AttentionWork::Place& place) {
+        next = place;
+        const int64_t base = place.key / kKeys * kKeys, left = place.end - base;
+        next_groups = left <= 0 ? 0 : left >= kKeys ? kGroups : (left + 15) / 16;
+        next_group = next_side = next_head = 0;
+        if (!find_groups(place.sequence, place.head, base, 0, int(next_groups), next_bytes)) next_groups = 0;   // reported when it is reached
+    }
+
+    // Where the next group of what comes next lies.
+    const char* one_next() {
+        const int64_t byte = next_bytes[next_group] + next_head * (cache.block_size / 16) * cache.group_bytes;
+        const char* at = static_cast<const char*>(next_side ? cache.v->data : cache.k->data) + byte;
+        if (++next_head == next.heads) {
+            next_head = 0;
+            if (++next_side == 2) next_side = 0, ++next_group;
+        }
+        return at;
+    }
+
+    // As many groups as are multiplied meanwhile; beside a tile that is not whole they are asked for at once, unless other tasks have
+    // just read them.
+    void choose_next(bool is_whole) {
+        fetch = is_whole && next_group < next_groups;
+        if (fetch && next.heads == 1) {   // keys of all its pages, then values
+            for (int64_t g = 0; g < kGroups; ++g) {
+                const int64_t byte = next_bytes[g < next_groups ? g : next_groups - 1];
+                next_keys[g] = static_cast<const char*>(cache.k->data) + byte;
+                next_values[g] = static_cast<const char*>(cache.v->data) + byte;
+            }
+            return;
+        }
+        for (int64_t n = 0; n < 2 * kGroups && next_group < next_groups; ++n) {
+            const char* at = one_next();
+            if (!is_whole)
+                for (int64_t b = 0; b < cache.group_bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
+            else if (n < kGroups)
+                for (int64_t g = n; g < kGroups; ++g) next_keys[g] = next_values[g] = at;
+            else
+                for (int64_t g = n - kGroups; g < kGroups; ++g) next_values[g] = at;
         }
     }
 
@@ -360,6 +430,10 @@ struct Attention : AttentionSizes {
 #pragma GCC unroll 4
                 for (int k = 0; k < 64; k += 32) store_bytes(to + d + k, pack_bf16(load_i8(from + d + k), load_i8(from + d + k + 16)));
             }
+            if (fetch) {
+                __builtin_prefetch(next_keys[g] + 16 * dim, 0, 2);
+                __builtin_prefetch(next_values[g] + 16 * dim, 0, 2);
+            }
             const f32x16 scale = load((const float*)(from + 16 * dim));
             store(scales + 32 * g, scale);
             store(scales + 32 * g + 16, div(set1(1.0f), scale));
@@ -369,22 +443,21 @@ struct Attention : AttentionSizes {
 
     // Rows in blocks that fit the registers. The scores of a block are computed before the block before it is weighed, so that
     // neither waits for the exponentials between them.
-    void tile(int rows, int64_t base, int64_t begin, int64_t stop) {
+    void tile(int row, int rows, int64_t base, int64_t begin, int64_t stop) {
         const int first = int(begin / 16), last = int((stop + 15) / 16);
-        scores_of<kTileRows>(0, rows, first, last);
-        for (int a = 0; a < rows; a += kTileRows) {
+        scores_of<kTileRows>(row, rows, first, last, fetch);
+        for (int a = row; a < rows; a += kTileRows) {
             soften_block(a, rows - a < kTileRows ? rows - a : kTileRows, base, first, last);
-            if (a + kTileRows < rows) scores_of<kTileRows>(a + kTileRows, rows, first, last);
-            weigh_of<kTileRows>(a, rows, begin, stop);
+            if (a + kTileRows < rows) scores_of<kTileRows>(a + kTileRows, rows, first, last, false);
+            weigh_of<kTileRows>(a, rows, begin, stop, a == row && fetch && !Kind::kUnpacks);
         }
     }
 
-    // The block of at most kR rows that begins at row a. The first one asks for the next tile.
+    // The block of at most kR rows that begins at row a. The first one asks for what comes next.
     template <int kR>
-    void scores_of(int a, int rows, int first, int last) {
+    void scores_of(int a, int rows, int first, int last, bool asks) {
         if constexpr (kR > 1)
-            if (rows - a < kR) return scores_of<kR - 1>(a, rows, first, last);
-        const bool asks = a == 0 && fetch;
+            if (rows - a < kR) return scores_of<kR - 1>(a, rows, first, last, asks);
         int g = first;
         for (; g + kTilePanels <= last; g += kTilePanels)
             if (asks) scores<kR, kTilePanels, true>(a, g);
@@ -397,10 +470,9 @@ struct Attention : AttentionSizes {
     }
 
     template <int kR>
-    void weigh_of(int a, int rows, int64_t begin, int64_t stop) {
+    void weigh_of(int a, int rows, int64_t begin, int64_t stop, bool asks) {
         if constexpr (kR > 1)
-            if (rows - a < kR) return weigh_of<kR - 1>(a, rows, begin, stop);
-        const bool asks = a == 0 && fetch && !Kind::kUnpacks;
+            if (rows - a < kR) return weigh_of<kR - 1>(a, rows, begin, stop, asks);
         int64_t d = 0;
         for (; d + 16 * kTilePanels <= dim; d += 16 * kTilePanels)
             if (asks) weigh<kR, kTilePanels, true>(a, begin, stop, d, 16);
