@@ -42,8 +42,11 @@ VARIANTS = [
     Variant("bf16 (blocks dequantized)", {"dtype": "bfloat16", **BF16_KV}, dequantize=True),
     *(
         Variant(label, {**options, "linear_activations": activations, **kv})
-        for label, options in (("q4_1, table q8_0 (as the file)", {}), ("q8_0 (`--quantization int8`)", {"quantization": "int8"}))
         for activations in ("int16", "int8")
+        for label, options in (
+            ("q4_1, table q8_0 (as the file)", {}),
+            (f"{'i8' if activations == 'int8' else 'q8_0'} (`--quantization int8`)", {"quantization": "int8"}),
+        )
         for kv in (BF16_KV, F32_KV, INT8_KV)
     ),
 ]

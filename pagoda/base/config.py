@@ -44,7 +44,7 @@ class ModelConfig:
     download_dir: str | None = field(None, "where the hub's files are cached (default: the hub's own cache)")
     load_format: Literal["auto", "dummy"] = field("auto", "auto reads the files; dummy makes random weights of the model's shape")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field("auto", "type of unquantized weights; auto follows the checkpoint (float16, on GPUs only, and GGUF types: see docs)")
-    quantization: Literal["int8", "int4"] | None = field(None, "turn weights into blocks of 8 or 4 bits while loading (default: as the checkpoint has them)")
+    quantization: Literal["int8", "int4"] | None = field(None, "turn weights into 8 or 4 bits while loading (default: as the checkpoint has them)")
     linear_activations: Literal["auto", "int8", "int16"] = field("auto", "what quantized weights are multiplied with: int8 is twice as fast on many tokens, int16 (auto) is as good as float")
     max_model_len: int | Literal["auto"] | None = field(None, "longest prompt + output in tokens; auto fits it to memory", metavar="TOKENS|auto")
     seed: int = field(0, "origin of the seeds given to requests that bring none")
