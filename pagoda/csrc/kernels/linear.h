@@ -73,7 +73,7 @@ struct linear_op {
         int64_t begin, end;
         if (converts_once(c, num_threads)) {
             if (phase == 0) {
-                fetch_first(c, tid, num_threads);
+                fetch_first(c, tid);
                 while (take(c, c.rows, chunk_for(c.rows, num_threads), &begin, &end)) convert(c, x, begin, end, room);
                 return;
             }
@@ -83,39 +83,27 @@ struct linear_op {
         }
         if (unpacks(c)) return multiply_unpacked(c, x, tid, num_threads);
         if (c.t[1].dtype == PG_W_F32 || c.t[1].dtype == PG_W_BF16) return multiply_floats(c, x, tid, num_threads);
+        if (c.t[1].dtype == PG_W_I8) return multiply_panels(c, I8Rows(c, x, finish_of(c)), tid, num_threads);
         const int64_t panels = (c.t[4].cols + 15) / 16;   // of a gated product those of the gate, each with its factor's
-        const int64_t chunk = c.t[1].dtype == PG_W_I8 ? even_share(panels, num_threads, kI8Panels)
-                                                      : round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
+        const int64_t chunk = round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
         while (take(c, panels, chunk, &begin, &end)) {
             const int64_t likely = upcoming(c) + (num_threads - 1) * chunk, next = likely < panels ? likely : -1;   // the others come first
             multiply(c, x, begin, end, c.i[1] ? begin + panels : next);
             if (c.i[1]) multiply(c, x, begin + panels, end + panels, next);
         }
     }
-    // About four panels, a multiple of `unit`, such that every thread gets as many shares as the others.
-    static int64_t even_share(int64_t panels, int64_t num_threads, int64_t unit) {
-        const int64_t shares = panels / (4 * num_threads) * num_threads, least = (panels + num_threads - 1) / num_threads;
-        if (!shares) return least < unit ? least : unit;
-        const int64_t share = (panels + shares - 1) / shares;
-        return (share + unit - 1) / unit * unit;
-    }
     static Finish finish_of(const Call& c) { return {&c.t[2], &c.t[3], &c.t[4], c.t[1].rows, c.i[1]}; }
 
     // The panels this thread will probably begin with come from memory while the rows are converted.
-    static void fetch_first(const Call& c, int tid, int num_threads) {
+    static void fetch_first(const Call& c, int tid) {
         const pg_tensor& w = c.t[1];
-        int64_t bytes = 0, first = 0;
-        if (w.dtype == PG_W_I8) {
-            bytes = i8_panel_bytes(w.cols) * kI8Panels;
-            first = tid * even_share((c.t[4].cols + 15) / 16, num_threads, kI8Panels) * i8_panel_bytes(w.cols);
-        } else if (unpacks(c)) {
+        if (!unpacks(c)) return;
+        int64_t bytes = 0;
 #define PG_PANEL_BYTES(Format, Act) bytes = panel_bytes<Format>(w.cols) * kBlockPanels
-            PG_BLOCK_FORMAT(w.dtype, PG_PANEL_BYTES)
+        PG_BLOCK_FORMAT(w.dtype, PG_PANEL_BYTES)
 #undef PG_PANEL_BYTES
-            first = tid * bytes;
-        }
-        if (w.rows < 256 * num_threads) return;   // a narrow one
-        const char* at = static_cast<const char*>(w.data) + first;
+        if ((tid + 1) * 16 * kBlockPanels > w.rows) return;
+        const char* at = static_cast<const char*>(w.data) + tid * bytes;
         for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
     }
 
@@ -131,7 +119,6 @@ struct linear_op {
     static void multiply(const Call& c, const char* x, int64_t begin, int64_t end, int64_t next) {
         const pg_tensor& w = c.t[1];
         const Finish finish = finish_of(c);
-        if (w.dtype == PG_W_I8) return i8_panels(x, w, c.rows, begin, end, next, finish);
 #define PG_STORED(Format, Act) stored_panels<Format, Act>(x, w, c.rows, begin, end, next, finish)
         PG_BLOCK_FORMAT(w.dtype, PG_STORED)
 #undef PG_STORED

@@ -193,28 +193,26 @@ PG_INLINE void i8_tile_of(int64_t rows, const char* x, int64_t row_bytes, const 
     i8_tile<kRows, kPanels>(x, row_bytes, w, k, r, n, next, finish);
 }
 
-// All rows against kPanels panels, in tiles as even as can be, while what comes next is fetched.
-template <int kPanels>
-static void i8_rows(const char* x, const char* w, int64_t k, int64_t rows, int64_t n, Fetch& next, const Finish& finish) {
-    const int64_t row_bytes = i8_row_bytes(k);
-    int64_t r = 0;
-    for (int64_t tiles = (rows + kI8Rows - 1) / kI8Rows; tiles > 0; --tiles) {
-        const int64_t now = (rows - r + tiles - 1) / tiles;
-        i8_tile_of<kPanels, kI8Rows>(now, x + r * row_bytes, row_bytes, w, k, r, n, next, finish);
-        r += now;
-    }
-}
+// All rows, in tiles as even as can be.
+struct I8Rows {
+    static constexpr int kPanels = kI8Panels, kRows = kI8Rows;
+    const Call& c;
+    const char* x;
+    const Finish& finish;
+    const int64_t k, steps, panel_bytes;
 
-// All rows against panels [begin, end); panel `after`, unless negative, is likely to come then.
-static void i8_panels(const char* x, const pg_tensor& weight, int64_t rows, int64_t begin, int64_t end, int64_t after, const Finish& finish) {
-    const int64_t k = weight.cols, bytes = i8_panel_bytes(k), panels = (weight.rows + 15) / 16, tiles = (rows + kI8Rows - 1) / kI8Rows;
-    const char* w = static_cast<const char*>(weight.data);
-    int64_t p = begin;
-    for (; p + kI8Panels <= end; p += kI8Panels) {
-        const int64_t ahead = p + kI8Panels < end ? p + kI8Panels : after, left = ahead < 0 ? 0 : panels - ahead;
-        Fetch next = fetch(w + ahead * bytes, (left < kI8Panels ? left : kI8Panels) * bytes, k / 16 * tiles, tiles == 1);
-        i8_rows<kI8Panels>(x, w + p * bytes, k, rows, p * 16, next, finish);
+    I8Rows(const Call& call, const char* rows, const Finish& then)
+        : c(call), x(rows), finish(then), k(c.t[1].cols), steps(k / 16), panel_bytes(i8_panel_bytes(k)) {}
+
+    template <int kCount>
+    void run(int64_t panel, Fetch& next) const {
+        const int64_t row_bytes = i8_row_bytes(k);
+        const char* w = static_cast<const char*>(c.t[1].data) + panel * panel_bytes;
+        int64_t r = 0;
+        for (int64_t tiles = (c.rows + kRows - 1) / kRows; tiles > 0; --tiles) {
+            const int64_t now = (c.rows - r + tiles - 1) / tiles;
+            i8_tile_of<kCount, kRows>(now, x + r * row_bytes, row_bytes, w, k, r, panel * 16, next, finish);
+            r += now;
+        }
     }
-    Fetch nothing{};
-    for (; p < end; ++p) i8_rows<1>(x, w + p * bytes, k, rows, p * 16, nothing, finish);
-}
+};
