@@ -90,7 +90,7 @@ def test_a_budget_ends_the_reasoning(output: list[int], budget: int, token: int 
 
 def test_the_forced_token_is_the_only_one_left() -> None:
     params = SamplingParams(thinking_token_budget=1, thinking=Thinking([], [3], is_open=True))
-    assert ThinkingBudget().wants(params) and not params.is_plain and not ThinkingBudget().wants(SamplingParams(thinking_token_budget=-1))
+    assert ThinkingBudget().wants(params) and not params.is_drawn_on_device and not ThinkingBudget().wants(SamplingParams(thinking_token_budget=-1))
     logits = np.zeros(5, np.float32)
     ThinkingBudget().apply(logits, RowContext(params, np.array([9, 9, 1]), 2, []))
     assert np.flatnonzero(np.isfinite(logits)).tolist() == [3]
