@@ -24,7 +24,8 @@ from pagoda.kernels.triton.prepare import (
 )
 from pagoda.layers.batch import Batch, GroupBatch
 from pagoda.worker.batch import Sizes
-from pagoda.worker.device import Device, Pinned
+from pagoda.worker.device import Device
+from pagoda.worker.staging import Staging
 from pagoda.worker.table import RequestTable
 
 __all__ = ["Changes", "DeviceState", "Inputs"]
@@ -166,17 +167,15 @@ class DeviceState:
 
     def __init__(self, device: Device, layout: StateLayout, sizes: Sizes, block_size: int, *, num_steps: int, computes: bool = True) -> None:
         assert layout.num_words < 2**31, "the token table is larger than 8 GiB: lower --max-num-seqs or --max-model-len"
-        self._device, self.layout, self._block_size, self._computes = device, layout, block_size, computes
+        self.layout, self._block_size, self._computes = layout, block_size, computes
         self._state = device.zeros(layout.num_words, "int32")
         self.inputs = Inputs.allocate(device, sizes, layout.num_groups)
         self.changes = Changes(layout)
-        self._pinned = [device.pinned(_FIRST_WORDS, "int32") for _ in range(num_steps + 1)]
-        self._stage = device.zeros(_FIRST_WORDS, "int32")
-        self._turn = 0
+        self._staging = Staging(device, num_steps + 1, _FIRST_WORDS)
 
     @property
     def nbytes(self) -> int:
-        return int(self._state.nbytes) + self.inputs.nbytes + int(self._stage.nbytes)
+        return int(self._state.nbytes) + self.inputs.nbytes + int(self._staging.words.nbytes)
 
     @property
     def tokens_NL(self) -> Array:
@@ -190,14 +189,13 @@ class DeviceState:
         will run, 0 without one.
         """
         counts = Counts(self.changes.count, len(seqs[0]), len(rows[0]))
-        pinned = self._next_pinned(counts.num_words)
-        words = pinned.host
+        words = self._staging.take(counts.num_words)
         self.changes.put(words)
         at = 2 * counts.changes
         for part in (*seqs, *rows):
             words[at : at + len(part)] = part
             at += len(part)
-        self._device.copy(self._stage[: counts.num_words], pinned.tensor[: counts.num_words])
+        self._staging.send(counts.num_words)
         if self._computes:
             self._prepare(counts, num_padded)
         return counts
@@ -205,25 +203,15 @@ class DeviceState:
     def _prepare(self, counts: Counts, num_padded: int) -> None:
         x = self.inputs
         if counts.changes:
-            apply_changes(self._state, self._stage, counts.changes)
+            apply_changes(self._state, self._staging.words, counts.changes)
         prepare_sequences(
-            self._state, self.layout, self._stage, counts, x.token_ids_T, x.positions_T, x.query_start_S1, x.seq_lens_S,
+            self._state, self.layout, self._staging.words, counts, x.token_ids_T, x.positions_T, x.query_start_S1, x.seq_lens_S,
             x.tables_gSB, x.kv_slots_gT, num_padded=num_padded, block_size=self._block_size,
         )  # fmt: skip
         if counts.rows or num_padded:
-            prepare_rows(self._state, self.layout, self._stage, counts, x.logits_idx_R, x.draw, num_padded=num_padded)
+            prepare_rows(self._state, self.layout, self._staging.words, counts, x.logits_idx_R, x.draw, num_padded=num_padded)
 
     def commit(self, counts: Counts, ids_R: Array) -> None:
         """The ids drawn of the step just sent, before the next is."""
         if self._computes:
-            commit_tokens(self._state, self.layout, self._stage, counts, ids_R)
-
-    def _next_pinned(self, num_words: int) -> Pinned:
-        """Memory that no copy under way reads; larger memory where a long prompt needs it."""
-        self._turn = (self._turn + 1) % len(self._pinned)
-        if self._pinned[self._turn].host.size < num_words:
-            size = 1 << (num_words - 1).bit_length()
-            self._pinned[self._turn] = self._device.pinned(size, "int32")
-            if self._stage.shape[0] < size:
-                self._stage = self._device.empty(size, "int32")
-        return self._pinned[self._turn]
+            commit_tokens(self._state, self.layout, self._staging.words, counts, ids_R)

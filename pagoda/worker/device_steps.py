@@ -31,6 +31,7 @@ from pagoda.worker.logits.bias import LogitBias
 from pagoda.worker.logits.chain import Chain
 from pagoda.worker.logits.masks import AllowedTokens, BadWords, MinTokens
 from pagoda.worker.logits.penalties import Penalties
+from pagoda.worker.staging import Staging
 from pagoda.worker.table import RequestTable
 
 __all__ = ["DeviceSteps", "Drawn", "Kind", "Packets", "draw_all_ways", "kind_of", "steps_nbytes"]
@@ -74,10 +75,7 @@ class Packets:
     """Arrays on their way to the device, in one copy. `num_buffers`: how many may be under way at once."""
 
     def __init__(self, device: Device, num_buffers: int, num_words: int = 1 << 12) -> None:
-        self._device = device
-        self._pinned = [device.pinned(num_words, "int32") for _ in range(num_buffers)]
-        self._stage = device.zeros(num_words, "int32")
-        self._turn = 0
+        self._staging = Staging(device, num_buffers, num_words)
 
     def send(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
         """-> the same on the device, valid until the next is sent; uint64 as int64. Each begins at a multiple of 16 bytes, so that kernels
@@ -88,21 +86,12 @@ class Packets:
         for name, words in raw.items():
             places[name] = slice(end, end + words.size)
             end += -(-words.size // 4) * 4
-        pinned = self._next(end)
+        host = self._staging.take(end)
         for name, words in raw.items():
-            pinned.host[places[name]] = words
-        self._device.copy(self._stage[:end], pinned.tensor[:end])
+            host[places[name]] = words
+        self._staging.send(end)
         kinds = {name: "int64" if x.dtype == np.uint64 else str(x.dtype) for name, x in arrays.items()}
-        return {name: self._stage[place].view(TYPES[kinds[name]]) for name, place in places.items()}
-
-    def _next(self, num_words: int) -> Pinned:
-        self._turn = (self._turn + 1) % len(self._pinned)
-        if self._pinned[self._turn].host.size < num_words:
-            size = 1 << (num_words - 1).bit_length()
-            self._pinned[self._turn] = self._device.pinned(size, "int32")
-            if self._stage.shape[0] < size:
-                self._stage = self._device.empty(size, "int32")
-        return self._pinned[self._turn]
+        return {name: self._staging.words[place].view(TYPES[kinds[name]]) for name, place in places.items()}
 
 
 @dataclass(frozen=True)

@@ -164,4 +164,4 @@ def test_packets_arrive_whole_and_aligned() -> None:
         }  # fmt: skip
         for name, got in packets.send(arrays).items():
             np.testing.assert_array_equal(got.numpy().view(arrays[name].dtype), arrays[name])
-            assert (got.data_ptr() - packets._stage.data_ptr()) % 16 == 0
+            assert (got.data_ptr() - packets._staging.words.data_ptr()) % 16 == 0

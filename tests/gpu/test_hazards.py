@@ -103,7 +103,8 @@ def test_nothing_of_the_loop_lies_on_the_host(llama: Path, monkeypatch: pytest.M
     copy = runner._device.copy
     monkeypatch.setattr(runner._device, "copy", lambda to, x: read.append(x) if to.device.type == "cpu" else copy(to, x))
     with torch.inference_mode(), table.backend("cuda"), collect() as launches:
-        for owner in (state, steps, steps._packets, steps._late_packets, state.inputs, *forward._planes, *_parts(forward._model)):
+        stagings = (state._staging, steps._packets._staging, steps._late_packets._staging)
+        for owner in (state, steps, *stagings, state.inputs, *forward._planes, *_parts(forward._model)):
             _to_meta(owner)
         logits_RV = forward.run(5, 2, 2)
         counts = state.send((np.array([0, 1]), np.array([0, 0]), np.array([0, 2, 5])), (np.array([1, 4]), np.array([0, 1]), np.array([2, 3])), 0)
