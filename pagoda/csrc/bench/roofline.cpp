@@ -14,14 +14,21 @@
 #include <thread>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
-typedef float Lanes __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+typedef float Lanes __attribute__((vector_size(kBytes)));   // a register, or what the loops below keep would not fit
 
 // The best rate, in units a second, of `work` (which returns its units) run by all threads for a while.
 template <class Work>
@@ -61,8 +68,8 @@ double read_rate(int threads, size_t bytes) {
         const size_t times = 1 + (size_t(1) << 20) / bytes;   // small buffers often enough that looking at the clock is nothing
         for (size_t walk = 0; walk < times; ++walk)
           for (size_t at = 0; at + 512 <= bytes; at += 512)
-#pragma GCC unroll 8
-              for (int k = 0; k < 8; ++k) sum[k] += *(const Lanes*)(p + at + 64 * size_t(k));
+#pragma GCC unroll 32
+              for (int k = 0; k < 512 / kBytes; ++k) sum[k % 8] += *(const Lanes*)(p + at + size_t(kBytes * k));
 #pragma GCC unroll 8
         for (int k = 1; k < 8; ++k) sum[0] += sum[k];
         sink = sum[0][0];
@@ -70,59 +77,64 @@ double read_rate(int threads, size_t bytes) {
     });
 }
 
-double fma_rate(int threads) {
-    return best_rate(threads, [](int t, bool) {
-        Lanes acc[12], a = Lanes{} + (1.0f + float(t) * 1e-9f), b = Lanes{} + 1e-9f;
+// Operations a second of a loop of `step(x)` over twelve independent chains, each step being `operations`.
+template <class Vector, class Step>
+double chain_rate(int threads, Vector start, double operations, Step step) {
+    return best_rate(threads, [=](int, bool) {
+        Vector acc[12];
 #pragma GCC unroll 12
-        for (auto& x : acc) x = Lanes{};
+        for (auto& x : acc) x = start;
         constexpr int kSteps = 20000;
         for (int i = 0; i < kSteps; ++i)
 #pragma GCC unroll 12
             for (auto& x : acc) {
-                x = x * a + b;
+                x = step(x);
                 asm volatile("" : "+v"(x));
             }
 #pragma GCC unroll 12
-        for (auto& x : acc) sink = x[0];
-        return 2.0 * 16 * 12 * kSteps;
+        for (auto& x : acc) sink = float(((Lanes)x)[0]);
+        return operations * 12 * kSteps;
     });
+}
+
+double fma_rate(int threads) {
+    const Lanes a = Lanes{} + 1.0f, b = Lanes{} + 1e-9f;
+    return chain_rate(threads, Lanes{}, 2.0 * kBytes / 4, [=](Lanes x) { return x * a + b; });
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 double bf16_rate(int threads) {
-    return best_rate(threads, [](int, bool) {
-        __m512 acc[12];
-        __m512bh a = (__m512bh)_mm512_set1_epi32(0x3f803f80);
-#pragma GCC unroll 12
-        for (auto& x : acc) x = _mm512_setzero_ps();
-        constexpr int kSteps = 20000;
-        for (int i = 0; i < kSteps; ++i)
-#pragma GCC unroll 12
-            for (auto& x : acc) {
-                x = _mm512_dpbf16_ps(x, a, a);
-                asm volatile("" : "+v"(x));
-            }
-#pragma GCC unroll 12
-        for (auto& x : acc) sink = x[0];
-        return 4.0 * 16 * 12 * kSteps;
+    const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    return chain_rate(threads, _mm512_setzero_ps(), 4.0 * 16, [=](__m512 x) { return _mm512_dpbf16_ps(x, a, a); });
+}
+double int16_rate(int threads) {
+    const __m512i a = _mm512_set1_epi16(3);
+    return chain_rate(threads, _mm512_setzero_si512(), 4.0 * 16, [=](__m512i x) { return _mm512_dpwssd_epi32(x, a, a); });
+}
+double int8_rate(int threads) {
+    const __m512i a = _mm512_set1_epi8(3);
+    return chain_rate(threads, _mm512_setzero_si512(), 8.0 * 16, [=](__m512i x) { return _mm512_dpbusd_epi32(x, a, a); });
+}
+#elif defined(__AVX2__)
+// There is no one instruction: 16-bit products and a sum; 4-bit weights have eight products of bytes summed in 16 bits before they are widened.
+double int16_rate(int threads) {
+    const __m256i a = _mm256_set1_epi16(3);
+    return chain_rate(threads, _mm256_setzero_si256(), 4.0 * 8, [=](__m256i x) {
+        __m256i y = a;
+        asm volatile("" : "+v"(y));   // or the product would be computed once
+        return _mm256_add_epi32(x, _mm256_madd_epi16(y, a));
     });
 }
-
-double int16_rate(int threads) {
-    return best_rate(threads, [](int, bool) {
-        __m512i acc[12], a = _mm512_set1_epi16(3);
-#pragma GCC unroll 12
-        for (auto& x : acc) x = _mm512_setzero_si512();
-        constexpr int kSteps = 20000;
-        for (int i = 0; i < kSteps; ++i)
-#pragma GCC unroll 12
-            for (auto& x : acc) {
-                x = _mm512_dpwssd_epi32(x, a, a);
-                asm volatile("" : "+v"(x));
-            }
-#pragma GCC unroll 12
-        for (auto& x : acc) sink = float(_mm512_reduce_add_epi32(x));
-        return 4.0 * 16 * 12 * kSteps;
+double int4_rate(int threads) {
+    const __m256i a = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
+    return chain_rate(threads, _mm256_setzero_si256(), 8.0 * 8 * 8, [=](__m256i x) {
+        __m256i y = a, sum = _mm256_maddubs_epi16(y, a);
+#pragma GCC unroll 7
+        for (int k = 0; k < 7; ++k) {
+            asm volatile("" : "+v"(y));
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(y, a));
+        }
+        return _mm256_add_epi32(x, _mm256_madd_epi16(sum, one));
     });
 }
 #endif
@@ -135,6 +147,10 @@ int main(int argc, char** argv) {
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
     printf("bf16 %.0f GFLOP/s\n", bf16_rate(threads) / 1e9);
     printf("int16 %.0f GOP/s\n", int16_rate(threads) / 1e9);
+    printf("int8 %.0f GOP/s\n", int8_rate(threads) / 1e9);
+#elif defined(__AVX2__)
+    printf("int16 %.0f GOP/s\n", int16_rate(threads) / 1e9);
+    printf("int4 %.0f GOP/s\n", int4_rate(threads) / 1e9);
 #endif
     printf("L1 %.0f GB/s\n", read_rate(threads, 32u << 10) / 1e9);
     printf("L2 %.0f GB/s\n", read_rate(threads, 512u << 10) / 1e9);

@@ -4,14 +4,17 @@
 #define PG_MEMBER inline __attribute__((always_inline))
 #define PG_INLINE static PG_MEMBER
 
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 5;
 constexpr int kTilePanels = 1;
-constexpr int kBlockRows = 3;
+constexpr int kLonePanels = 4;
+constexpr int kBlockRows = 6;
 constexpr int kBlockPanels = 1;
 constexpr int kStoredRows = 3;
 constexpr int kUnpackRows = 6;
-constexpr int kI8Rows = 4;
+constexpr int kI8Rows = 5;
 constexpr int kI8Panels = 1;
+constexpr int kFetchSteps = 4;
+constexpr int64_t kRowsBytes = 192 << 10;
 
 struct f32x16 { __m256 a, b; };
 struct i32x16 { __m256i a, b; };
@@ -104,19 +107,71 @@ PG_INLINE i32x16 load_word(const char* p) {
     return iset1(word);
 }
 PG_INLINE i32x16 round_i32(f32x16 v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
+// A sum as it stands: compilers order sums of integers anew, and then keep all that is to be summed in registers.
+PG_INLINE __m256i held(__m256i v) {
+    asm("" : "+x"(v));
+    return v;
+}
 PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
-    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b))};
+    return {held(_mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a))), held(_mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b)))};
 }
-PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) {   // in 16-bit words, which cannot saturate
-    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(b.a, 8), 8), odd = _mm256_srai_epi16(b.a, 8);
-    return dot_i16(dot_i16(acc, words<0, 255>(a), {even, even}), words<8, 255>(a), {odd, odd});
+#define PG_HAS_BYTE_SUMS
+// The products of unsigned bytes of a with signed bytes of b, two by two in 16-bit words, which must be wide enough.
+PG_INLINE i32x16 byte_products(u8x64 a, i32x16 b) { return {_mm256_maddubs_epi16(a.a, b.a), _mm256_maddubs_epi16(a.b, b.b)}; }
+PG_INLINE i32x16 add_words(i32x16 x, i32x16 y) { return {held(_mm256_add_epi16(x.a, y.a)), held(_mm256_add_epi16(x.b, y.b))}; }
+typedef float Factor;
+template <int kHalf>
+PG_INLINE f32x16 half_bf16(u8x64 w) {
+    const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000u));
+    if constexpr (kHalf == 0) return unbits(shift_left<16>(w));
+    else return unbits(i32x16{_mm256_and_si256(w.a, high), _mm256_and_si256(w.b, high)});
 }
-PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
-    uint32_t pair;
-    __builtin_memcpy(&pair, x, 4);
-    f32x16 x0 = unbits(iset1(int32_t(pair << 16))), x1 = unbits(iset1(int32_t(pair & 0xffff0000u)));
-    __m256i high = _mm256_set1_epi32(int32_t(0xffff0000u));
-    acc = fma(unbits(shift_left<16>(w)), x0, acc);
-    return fma(unbits(i32x16{_mm256_and_si256(w.a, high), _mm256_and_si256(w.b, high)}), x1, acc);
+
+// Sums and largest of lanes by halves; integers, so that the order does not matter.
+PG_INLINE int32_t sum_lanes(i32x16 v) {
+    const __m256i eight = _mm256_add_epi32(v.a, v.b);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
-#include "isa/vec_plain.h"
+PG_INLINE int32_t largest(i32x16 v) {
+    const __m256i eight = _mm256_max_epi32(v.a, v.b);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+PG_INLINE f32x16 load_i8(const void* p) {
+    const __m128i q = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q)))};
+}
+PG_INLINE void store_i8(int8_t* p, i32x16 v) {
+    const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i both = _mm256_unpacklo_epi32(_mm256_shuffle_epi8(v.a, low), _mm256_shuffle_epi8(v.b, low));   // a0 b0 . . a1 b1 . .
+    const __m256i four = _mm256_permutevar8x32_epi32(both, _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0));
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(four));
+}
+// The low halves of lanes, those of each four in the order that `bytes` gives.
+PG_INLINE void store_words(int16_t* p, i32x16 v, __m128i bytes) {
+    const __m256i of_both = _mm256_broadcastsi128_si256(bytes);
+    const __m256i both = _mm256_unpacklo_epi64(_mm256_shuffle_epi8(v.a, of_both), _mm256_shuffle_epi8(v.b, of_both));   // a0 b0 a1 b1
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+PG_INLINE void store_i16(int16_t* p, i32x16 v) { store_words(p, v, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1)); }
+PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) { store_words(p, v, _mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1)); }
+
+#define PG_HAS_STORE_BF16
+PG_INLINE __m256i round_bf16(__m256 v) {   // in the low halves
+    const __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+}
+PG_INLINE __m256i pack_halves(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8); }
+PG_INLINE void store_bf16(uint16_t* p, f32x16 v) { _mm256_storeu_si256((__m256i*)p, pack_halves(round_bf16(v.a), round_bf16(v.b))); }
+PG_INLINE u8x64 pack_bf16(f32x16 a, f32x16 b) {
+    return {pack_halves(round_bf16(a.a), round_bf16(a.b)), pack_halves(round_bf16(b.a), round_bf16(b.b))};
+}
+#define PG_HAS_I8_TO_BF16
+PG_INLINE __m256i high_half(__m256 v) { return _mm256_srli_epi32(_mm256_castps_si256(v), 16); }
+PG_INLINE u8x64 i8_to_bf16(const int8_t* p) {
+    const f32x16 low = load_i8(p), high = load_i8(p + 16);
+    return {pack_halves(high_half(low.a), high_half(low.b)), pack_halves(high_half(high.a), high_half(high.b))};
+}

@@ -7,12 +7,15 @@
 
 constexpr int kTileRows = 6;     // rows x panels of accumulators a float product keeps in registers
 constexpr int kTilePanels = 4;
+constexpr int kLonePanels = 4;   // panels of one row
 constexpr int kBlockRows = 6;    // the same of a block-quantised product
 constexpr int kBlockPanels = 2;
 constexpr int kStoredRows = 4;   // rows x 1 panel of one read where it is stored
 constexpr int kUnpackRows = 8;   // with more rows than these panels are unpacked first
 constexpr int kI8Rows = 12;      // rows x panels of accumulators of a product with one scale an output
 constexpr int kI8Panels = 2;
+constexpr int kFetchSteps = 1;     // steps of a float product between two looks at what is to be fetched
+constexpr int64_t kRowsBytes = int64_t(1) << 40;   // rows that are multiplied with all panels before others: what the second cache keeps
 
 typedef __m512 f32x16;
 typedef __m512i i32x16;
@@ -113,6 +116,7 @@ PG_INLINE void store_bf16(uint16_t* p, f32x16 v) { _mm256_storeu_si256((__m256i*
 PG_INLINE u8x64 pack_bf16(f32x16 a, f32x16 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }   // a below b
 #endif
 
+#define PG_HAS_DOT_U8   // else kernels/blocks.h does without
 // acc + the four products of unsigned bytes of a with signed bytes of b, per lane.
 #if defined(__AVX512VNNI__)
 PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) { return _mm512_dpbusd_epi32(acc, a, b); }
@@ -123,6 +127,10 @@ PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) {   // in 16-bit words, w
 }
 #endif
 
+// What bfloat16 is multiplied with: bfloat16 in pairs, or floats, which need no rounding: for these half_bf16<0 or 1>(pairs) is one
+// number of each pair as a float.
+typedef uint16_t Factor;
+#define PG_HAS_DOT_BF16
 // acc + w[0] x[0] + w[1] x[1] per lane: w pairs of bfloat16, x one pair for all lanes.
 #if defined(__AVX512BF16__)
 PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {

@@ -7,12 +7,15 @@
 
 constexpr int kTileRows = 2;
 constexpr int kTilePanels = 1;
+constexpr int kLonePanels = 1;
 constexpr int kBlockRows = 1;
 constexpr int kBlockPanels = 1;
 constexpr int kStoredRows = 1;
 constexpr int kUnpackRows = 4;
 constexpr int kI8Rows = 2;
 constexpr int kI8Panels = 1;
+constexpr int kFetchSteps = 4;
+constexpr int64_t kRowsBytes = 192 << 10;
 
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
@@ -135,20 +138,42 @@ PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
     PG_EACH(i32x16, acc.v[k] + ((a.v[k] << 16) >> 16) * ((b.v[k] << 16) >> 16) + (a.v[k] >> 16) * (b.v[k] >> 16));
 }
 #endif
-PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) {   // in 16-bit words, which cannot saturate
-    typedef int16_t i16x8 __attribute__((vector_size(16)));
-    i32x16 even, odd;
-    for (int k = 0; k < 4; ++k) {
-        even.v[k] = (i32x4)(((i16x8)b.v[k] << 8) >> 8);
-        odd.v[k] = (i32x4)((i16x8)b.v[k] >> 8);
-    }
-    return dot_i16(dot_i16(acc, words<0, 255>(a), even), words<8, 255>(a), odd);
-}
-PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
-    uint32_t pair;
-    __builtin_memcpy(&pair, x, 4);
-    f32x4 x0 = (f32x4)(i32x4)iset1(int32_t(pair << 16)).v[0], x1 = (f32x4)iset1(int32_t(pair & 0xffff0000u)).v[0];
-    PG_EACH(f32x16, (acc.v[k] + (f32x4)(w.v[k] << 16) * x0) + (f32x4)(w.v[k] & int32_t(0xffff0000u)) * x1);
-}
+typedef float Factor;
+template <int kHalf>
+PG_INLINE f32x16 half_bf16(u8x64 w) { PG_EACH(f32x16, (f32x4)(kHalf == 0 ? w.v[k] << 16 : w.v[k] & int32_t(0xffff0000u))); }
 #undef PG_EACH
-#include "isa/vec_plain.h"
+
+PG_INLINE int32_t sum_lanes(i32x16 v) {
+    uint32_t t[16], total = 0;   // unsigned: what a NaN became may wrap
+    __builtin_memcpy(t, &v, 64);
+    for (int i = 0; i < 16; ++i) total += t[i];
+    return int32_t(total);
+}
+PG_INLINE int32_t largest(i32x16 v) {
+    int32_t t[16], most = INT32_MIN;
+    __builtin_memcpy(t, &v, 64);
+    for (int i = 0; i < 16; ++i) most = t[i] > most ? t[i] : most;
+    return most;
+}
+PG_INLINE f32x16 load_i8(const void* p) {
+    int8_t q[16];
+    float t[16];
+    __builtin_memcpy(q, p, 16);
+    for (int i = 0; i < 16; ++i) t[i] = float(q[i]);
+    return load(t);
+}
+PG_INLINE void store_i8(int8_t* p, i32x16 v) {
+    int32_t t[16];
+    __builtin_memcpy(t, &v, 64);
+    for (int i = 0; i < 16; ++i) p[i] = int8_t(t[i]);
+}
+PG_INLINE void store_i16(int16_t* p, i32x16 v) {
+    int32_t t[16];
+    __builtin_memcpy(t, &v, 64);
+    for (int i = 0; i < 16; ++i) p[i] = int16_t(t[i]);
+}
+PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) {
+    int32_t t[16];
+    __builtin_memcpy(t, &v, 64);
+    for (int i = 0; i < 16; ++i) p[i] = int16_t(t[i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4)]);
+}

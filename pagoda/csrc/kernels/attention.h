@@ -24,7 +24,7 @@
 #pragma once
 
 struct AttentionSizes {
-    static constexpr int64_t kRows = 48, kKeys = 64, kGroups = kKeys / 16, kPart = 1024, kBundleBytes = 64 << 10;
+    static constexpr int64_t kRows = 48 / kTileRows * kTileRows, kKeys = 64, kGroups = kKeys / 16, kPart = 1024, kBundleBytes = 64 << 10;
     // A row's state is [o: dim, padded][l: 16][m, is_used, unused: 16].
     static int64_t state_floats(int64_t dim) { return round_up(dim, 16) + 32; }
     static int64_t thread_bytes(int64_t dim) {
@@ -150,6 +150,7 @@ struct AttentionWork : AttentionSizes {
 template <class Kind>
 struct Attention : AttentionSizes {
     using Element = typename Kind::Element;
+    using Weight = typename Kind::Weight;
     static constexpr int kPair = Kind::kPair;
     static constexpr float kSlack = 8.0f;
 
@@ -168,7 +169,7 @@ struct Attention : AttentionSizes {
     char* q;            // [kRows] queries, as the kind keeps them
     float *now, *total; // [kRows] states: of this part, and of the parts before it
     float* s;           // [kTileRows][64] scores
-    Element* w;         // [kTileRows][64] weights
+    Weight* w;          // [kTileRows][64] weights
     uint16_t* unpacked; // [64][dim] values of the tile, in pairs of keys
     float* scales;      // [4][2][16] of the tile's values, and their inverses
     int64_t *from, *to; // [kRows] keys a row sees
@@ -195,7 +196,7 @@ struct Attention : AttentionSizes {
         now = (float*)p;
         total = now + kRows * state_size;
         s = total + kRows * state_size;
-        w = (Element*)(s + kTileRows * kKeys);
+        w = (Weight*)(s + kTileRows * kKeys);
         unpacked = (uint16_t*)(w + kTileRows * kKeys);
         scales = (float*)(unpacked + kKeys * wide);
         from = (int64_t*)(scales + 2 * kKeys);
@@ -428,7 +429,7 @@ struct Attention : AttentionSizes {
             for (int64_t d = 0; d < 16 * dim; d += 64) {
                 if (fetch) __builtin_prefetch(next_values[g] + d, 0, 2);
 #pragma GCC unroll 4
-                for (int k = 0; k < 64; k += 32) store_bytes(to + d + k, pack_bf16(load_i8(from + d + k), load_i8(from + d + k + 16)));
+                for (int k = 0; k < 64; k += 32) store_bytes(to + d + k, i8_to_bf16(from + d + k));
             }
             if (fetch) {
                 __builtin_prefetch(next_keys[g] + 16 * dim, 0, 2);
@@ -555,6 +556,14 @@ struct Attention : AttentionSizes {
         return delta;
     }
 
+    template <int kPart, int kR, int kC, class Values>
+    PG_MEMBER void weigh_step(const Values (&column)[kC], const Weight* weights, f32x16 (&acc)[kR][kC]) {
+#pragma GCC unroll 8
+        for (int b = 0; b < kR; ++b)
+#pragma GCC unroll 4
+            for (int p = 0; p < kC; ++p) acc[b][p] = Kind::template weigh<kPart>(acc[b][p], column[p], weights + b * kKeys);
+    }
+
     // o += p v for keys [begin, stop) of the tile and columns d .. of rows a ..; n < 16 columns are left of the last 16.
     template <int kR, int kC, bool kFetch>
     void weigh(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
@@ -575,10 +584,8 @@ struct Attention : AttentionSizes {
             decltype(Kind::load_values(v, n)) column[kC];
 #pragma GCC unroll 4
             for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, kC > 1 ? 16 : n);
-#pragma GCC unroll 8
-            for (int b = 0; b < kR; ++b)
-#pragma GCC unroll 4
-                for (int p = 0; p < kC; ++p) acc[b][p] = Kind::weigh(acc[b][p], column[p], w + b * kKeys + j);
+            weigh_step<0>(column, w + j, acc);
+            if constexpr (Kind::kParts == 2) weigh_step<1>(column, w + j, acc);
         }
         if constexpr (kPair == 2)
             if (j < stop) {   // the other key of the last pair belongs to nobody yet: shifted out, whatever it holds
@@ -588,9 +595,9 @@ struct Attention : AttentionSizes {
                 for (int p = 0; p < kC; ++p) alone[p] = shift_left<16>(Kind::load_values(v + 32 * p, n));
 #pragma GCC unroll 8
                 for (int b = 0; b < kR; ++b) {
-                    const uint16_t pair[2] = {0, w[b * kKeys + j]};
+                    const Weight pair[2] = {0, w[b * kKeys + j]};
 #pragma GCC unroll 4
-                    for (int p = 0; p < kC; ++p) acc[b][p] = Kind::weigh(acc[b][p], alone[p], pair);
+                    for (int p = 0; p < kC; ++p) acc[b][p] = Kind::template weigh<Kind::kParts - 1>(acc[b][p], alone[p], pair);
                 }
             }
 #pragma GCC unroll 8

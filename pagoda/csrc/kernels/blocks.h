@@ -13,7 +13,7 @@ PG_INLINE u8x64 nibbles(const char* p) {
 }
 
 struct Q8_0 {
-    static constexpr int kUnit = 32, kBytes = 32 + 512, kZero = 128, kGroups = 1;
+    static constexpr int kUnit = 32, kBytes = 32 + 512, kZero = 128, kGroups = 1, kMost = 255;
     static constexpr bool kHasMin = false;
     template <int J>
     PG_INLINE u8x64 bytes(const char* unit, int64_t) { return load_bytes(unit + 32 + 64 * J); }
@@ -22,7 +22,7 @@ struct Q8_0 {
 };
 
 struct Q4_0 {
-    static constexpr int kUnit = 32, kBytes = 32 + 256, kZero = 8, kGroups = 1;
+    static constexpr int kUnit = 32, kBytes = 32 + 256, kZero = 8, kGroups = 1, kMost = 15;
     static constexpr bool kHasMin = false;
     template <int J>
     PG_INLINE u8x64 bytes(const char* unit, int64_t) { return nibbles<J>(unit + 32); }
@@ -31,7 +31,7 @@ struct Q4_0 {
 };
 
 struct Q4_1 {
-    static constexpr int kUnit = 32, kBytes = 64 + 256, kZero = 0, kGroups = 1;
+    static constexpr int kUnit = 32, kBytes = 64 + 256, kZero = 0, kGroups = 1, kMost = 15;
     static constexpr bool kHasMin = true;
     template <int J>
     PG_INLINE u8x64 bytes(const char* unit, int64_t) { return nibbles<J>(unit + 64); }
@@ -40,7 +40,7 @@ struct Q4_1 {
 };
 
 struct Q4_K {
-    static constexpr int kUnit = 256, kBytes = 64 + 256 + 8 * 256, kZero = 0, kGroups = 1;
+    static constexpr int kUnit = 256, kBytes = 64 + 256 + 8 * 256, kZero = 0, kGroups = 1, kMost = 15;
     static constexpr bool kHasMin = true;
     template <int J>
     PG_INLINE u8x64 bytes(const char* unit, int64_t b) { return nibbles<J>(unit + 320 + 256 * b); }
@@ -51,7 +51,7 @@ struct Q4_K {
 };
 
 struct Q5_K {
-    static constexpr int kUnit = 256, kBytes = Q4_K::kBytes + 8 * 64, kZero = 0, kGroups = 1;
+    static constexpr int kUnit = 256, kBytes = Q4_K::kBytes + 8 * 64, kZero = 0, kGroups = 1, kMost = 31;
     static constexpr bool kHasMin = true;
     template <int J>
     PG_INLINE u8x64 bytes(const char* unit, int64_t b) {
@@ -62,7 +62,7 @@ struct Q5_K {
 };
 
 struct Q6_K {
-    static constexpr int kUnit = 256, kBytes = 32 + 256 + 8 * (256 + 128), kZero = 32, kGroups = 2;
+    static constexpr int kUnit = 256, kBytes = 32 + 256 + 8 * (256 + 128), kZero = 32, kGroups = 2, kMost = 63;
     static constexpr bool kHasMin = false;
     template <int J>
     PG_INLINE u8x64 bytes(const char* unit, int64_t b) {
@@ -78,13 +78,28 @@ struct Q6_K {
 template <class Format>
 PG_INLINE int64_t panel_bytes(int64_t k) { return k / Format::kUnit * Format::kBytes; }
 
-// How activations of a block are kept. Both multiply four bytes' worth of a lane in kSteps / 8 instructions.
-struct Int8 {
-    using Element = int8_t;
+// Eight vectors of bytes as they are.
+struct Bytes {
     static constexpr int kSteps = 8;
+};
+
+// How activations of a block are kept, and how products with them are summed: a Sum begins with what the offset of the weights' bytes adds,
+// takes product after product with 64 bytes of weights, the first being S = 0, and is an integer a lane at its end.
+struct Int8 : Bytes {
+    using Element = int8_t;
     static constexpr float kMost = 127.0f;
-    PG_INLINE i32x16 dot(i32x16 acc, u8x64 w, i32x16 x) { return dot_u8(acc, w, x); }
     PG_INLINE void put(Element* to, i32x16 v) { store_i8(to, v); }
+
+    struct Sum {
+        i32x16 lanes;
+        PG_MEMBER void begin(int32_t start) { lanes = iset1(start); }
+#if defined(PG_HAS_DOT_U8)
+        template <int S>
+        PG_MEMBER void add(u8x64 w, i32x16 x) { lanes = dot_u8(lanes, w, x); }
+#endif
+        template <int, bool>
+        PG_MEMBER i32x16 end(int32_t) const { return lanes; }
+    };
 };
 
 // Shifting the 16-bit words of the weights' bytes right brings up the k's of a group of four as (0, 2), then (1, 3), in
@@ -93,15 +108,83 @@ struct Int16 {
     using Element = int16_t;
     static constexpr int kSteps = 16;
     static constexpr float kMost = 32767.0f;
-    PG_INLINE i32x16 dot(i32x16 acc, i32x16 w, i32x16 x) { return dot_i16(acc, w, x); }
     PG_INLINE void put(Element* to, i32x16 v) { store_i16_0213(to, v); }
+
+    struct Sum {
+        i32x16 lanes;
+        PG_MEMBER void begin(int32_t start) { lanes = iset1(start); }
+        template <int S>
+        PG_MEMBER void add(i32x16 w, i32x16 x) { lanes = dot_i16(lanes, w, x); }
+        template <int, bool>
+        PG_MEMBER i32x16 end(int32_t) const { return lanes; }
+    };
 };
 
-// Vector S of a block's weights, as Act's dot product takes it.
+// The same integers as Int8, for instruction sets that multiply no bytes.
+struct Int8Words : Int16 {
+    static constexpr float kMost = 127.0f;
+};
+
+#if defined(PG_HAS_DOT_U8)
+using Int8Row = Int8;
+template <class Format>
+using Int8Of = Int8;
+#elif defined(PG_HAS_BYTE_SUMS)
+// The same integers as Int8, summed in 16-bit words as long as these hold them: kWords products of small bytes.
+template <int kWords>
+struct Int8Sums : Int8 {
+    struct Sum {
+        i32x16 words, lanes;
+        PG_MEMBER void begin(int32_t) {}
+        template <int S>
+        PG_MEMBER void add(u8x64 w, i32x16 x) {
+            if constexpr (S % kWords != 0) {
+                words = add_words(words, byte_products(w, x));
+            } else {
+                widen<S>();
+                words = byte_products(w, x);
+            }
+        }
+        // What S products came to joins the lanes.
+        template <int S>
+        PG_MEMBER void widen() {
+            const i32x16 ones = iset1(0x00010001);
+            if constexpr (S > 0 && S <= kWords) lanes = dot_i16(iset1(0), words, ones);
+            if constexpr (S > kWords) lanes = dot_i16(lanes, words, ones);
+        }
+        template <int kCount, bool kHasStart>
+        PG_MEMBER i32x16 end(int32_t start) {
+            widen<kCount>();
+            return kHasStart ? iadd(lanes, iset1(start)) : lanes;
+        }
+    };
+};
+using Int8Row = Int8Words;
+template <bool, class Yes, class>
+struct Choose {
+    using Type = Yes;
+};
+template <class Yes, class No>
+struct Choose<false, Yes, No> {
+    using Type = No;
+};
+template <class Format>
+using Int8Of = typename Choose<Format::kMost <= 63, Int8Sums<32767 / (2 * 127 * Format::kMost)>, Int8Words>::Type;
+#else
+using Int8Row = Int8Words;
+template <class Format>
+using Int8Of = Int8Words;
+#endif
+
+// What product S of a block takes of the vector of bytes that it needs.
+template <class Act, int S>
+PG_INLINE u8x64 step_of(u8x64 bytes) {
+    if constexpr (Act::kSteps == 8) return bytes;
+    else return words<8 * (S & 1), 255>(bytes);
+}
 template <class Format, class Act, int S>
 PG_INLINE u8x64 weights_for(const char* unit, int64_t b) {
-    if constexpr (Act::kSteps == 8) return Format::template bytes<S>(unit, b);
-    else return words<8 * (S & 1), 255>(Format::template bytes<S / 2>(unit, b));
+    return step_of<Act, S>(Format::template bytes<S * 8 / Act::kSteps>(unit, b));
 }
 
 // A panel read where it is stored.
@@ -154,18 +237,18 @@ static void unpack_panel(const char* w, int64_t k, char* to) {
 }
 
 // f(Format, activation) for a block format's dtype; the float formats must have been dealt with.
-#define PG_BLOCK_FORMAT(dtype, call)                                    \
-    switch (dtype) {                                                    \
-        case PG_W_Q8_0: call(Q8_0, Int16); break;                       \
-        case PG_W_Q4_0: call(Q4_0, Int16); break;                       \
-        case PG_W_Q4_1: call(Q4_1, Int16); break;                       \
-        case PG_W_Q4_K: call(Q4_K, Int16); break;                       \
-        case PG_W_Q5_K: call(Q5_K, Int16); break;                       \
-        case PG_W_Q6_K: call(Q6_K, Int16); break;                       \
-        case PG_W_Q8_0 | PG_W_INT8: call(Q8_0, Int8); break;            \
-        case PG_W_Q4_0 | PG_W_INT8: call(Q4_0, Int8); break;            \
-        case PG_W_Q4_1 | PG_W_INT8: call(Q4_1, Int8); break;            \
-        case PG_W_Q4_K | PG_W_INT8: call(Q4_K, Int8); break;            \
-        case PG_W_Q5_K | PG_W_INT8: call(Q5_K, Int8); break;            \
-        default: call(Q6_K, Int8); break;                               \
+#define PG_BLOCK_FORMAT(dtype, call)                                            \
+    switch (dtype) {                                                            \
+        case PG_W_Q8_0: call(Q8_0, Int16); break;                               \
+        case PG_W_Q4_0: call(Q4_0, Int16); break;                               \
+        case PG_W_Q4_1: call(Q4_1, Int16); break;                               \
+        case PG_W_Q4_K: call(Q4_K, Int16); break;                               \
+        case PG_W_Q5_K: call(Q5_K, Int16); break;                               \
+        case PG_W_Q6_K: call(Q6_K, Int16); break;                               \
+        case PG_W_Q8_0 | PG_W_INT8: call(Q8_0, Int8Of<Q8_0>); break;            \
+        case PG_W_Q4_0 | PG_W_INT8: call(Q4_0, Int8Of<Q4_0>); break;            \
+        case PG_W_Q4_1 | PG_W_INT8: call(Q4_1, Int8Of<Q4_1>); break;            \
+        case PG_W_Q4_K | PG_W_INT8: call(Q4_K, Int8Of<Q4_K>); break;            \
+        case PG_W_Q5_K | PG_W_INT8: call(Q5_K, Int8Of<Q5_K>); break;            \
+        default: call(Q6_K, Int8Of<Q6_K>); break;                               \
     }

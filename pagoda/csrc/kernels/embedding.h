@@ -54,10 +54,10 @@ struct embedding_op : SimpleOp {
     // Unpacks a unit of the panel at a time and takes one output's values.
     template <class Format>
     static void read_blocks(const char* w, int64_t lane, int64_t k, float* y) {
-        using Panel = UnpackedOf<Format, Int8>;
+        using Panel = UnpackedOf<Format, Bytes>;
         alignas(64) char unit[Format::kUnit / 32 * Panel::kBytes];
         for (int64_t at = 0; at < k; at += Format::kUnit, w += Format::kBytes) {
-            unpack_panel<Format, Int8>(w, Format::kUnit, unit);
+            unpack_panel<Format, Bytes>(w, Format::kUnit, unit);
             for (const char* block = unit; block < unit + sizeof unit; block += Panel::kBytes, y += 32) {
                 const float* scales = (const float*)block + lane;
                 const float m = Format::kHasMin ? scales[16 * Format::kGroups] : 0.0f;

@@ -10,14 +10,20 @@ struct linear_op {
     static constexpr int64_t kFewRows = 3;
 
     static bool is_blocks(const pg_tensor& w) { return w.dtype >= PG_W_Q8_0 && w.dtype != PG_W_I8; }
-    static bool converts(const Call& c) { return c.t[1].dtype != PG_W_F32 || c.i[0]; }
+    // Floats are multiplied as they are; with bfloat16 a row of odd length needs the other half of its last pair.
+    static bool is_float(const pg_tensor& w) { return w.dtype == PG_W_F32 || (w.dtype == PG_W_BF16 && sizeof(Factor) == 4); }
+    static bool converts(const Call& c) { return !is_float(c.t[1]) || c.i[0] || (c.t[1].dtype == PG_W_BF16 && c.t[1].cols % 2); }
     static bool converts_once(const Call& c, int num_threads) { return num_threads > 1 && c.rows > kFewRows && converts(c); }
     static bool unpacks(const Call& c) { return is_blocks(c.t[1]) && c.rows > kUnpackRows; }
     static int64_t row_bytes(const pg_tensor& w) {
         if (w.dtype == PG_W_F32) return round_up(w.cols * 4, 64);
-        if (w.dtype == PG_W_BF16) return round_up(w.cols * 2 + 2, 64);
+        if (w.dtype == PG_W_BF16) return round_up((w.cols + 1) * int64_t(sizeof(Factor)), 64);
         if (w.dtype == PG_W_I8) return i8_row_bytes(w.cols);
-        return w.dtype & PG_W_INT8 ? quant_row_bytes<Int8>(w.cols) : quant_row_bytes<Int16>(w.cols);
+        int64_t bytes = 0;
+#define PG_QUANT_ROW(Format, Act) bytes = quant_row_bytes<Act>(w.cols)
+        PG_BLOCK_FORMAT(w.dtype, PG_QUANT_ROW)
+#undef PG_QUANT_ROW
+        return bytes;
     }
     static int64_t room_bytes(const pg_tensor& w) {
         int64_t bytes = 0;
@@ -46,14 +52,14 @@ struct linear_op {
             char* y = to + r * bytes;
             const float* x = row<float>(c.t[0], r);
             if (c.i[0]) {
-                float* normal = (float*)(w.dtype == PG_W_F32 ? y : room);
+                float* normal = (float*)(is_float(w) ? y : room);
                 rms_norm_op::normalise(x, normal, static_cast<const float*>(c.t[5].data), w.cols, float(c.f[0]));
                 x = normal;
             }
             if (w.dtype == PG_W_F32) continue;
             if (w.dtype == PG_W_BF16) {
-                row_to_bf16(x, (uint16_t*)y, w.cols);
-                ((uint16_t*)y)[w.cols] = 0;   // the other half of the last pair when K is odd
+                row_to_factors(x, (Factor*)y, w.cols);
+                ((Factor*)y)[w.cols] = 0;   // the other half of the last pair when K is odd
                 continue;
             }
             if (w.dtype == PG_W_I8) {
@@ -108,11 +114,12 @@ struct linear_op {
     }
 
     static void multiply_floats(const Call& c, const char* x, int tid, int num_threads) {
-        const int64_t stride = row_bytes(c.t[1]);
         const Finish finish = finish_of(c);
-        if (c.t[1].dtype == PG_W_BF16) return float_product<Bf16Panels>(c, (const uint16_t*)x, stride / 2, finish, tid, num_threads);
-        if (converts(c)) return float_product<F32Panels>(c, (const float*)x, stride / 4, finish, tid, num_threads);
-        float_product<F32Panels>(c, row<float>(c.t[0], 0), c.t[0].stride, finish, tid, num_threads);
+        const bool is_own = converts(c);
+        const char* rows = is_own ? x : (const char*)row<float>(c.t[0], 0);
+        const int64_t bytes = is_own ? row_bytes(c.t[1]) : c.t[0].stride * 4;
+        if (c.t[1].dtype == PG_W_BF16) return float_product<Bf16Panels>(c, (const Factor*)rows, bytes / int64_t(sizeof(Factor)), finish, tid, num_threads);
+        float_product<F32Panels>(c, (const float*)rows, bytes / 4, finish, tid, num_threads);
     }
 
     // Panels [begin, end); panel `next`, unless negative, is likely to be wanted after them.
@@ -131,9 +138,10 @@ struct linear_op {
         char* room = c.scratch + rows_bytes(c, num_threads) + num_threads * prepared_bytes(c) + tid * room_bytes(w);
         const int64_t groups = (c.t[4].cols + 16 * kBlockPanels - 1) / (16 * kBlockPanels);   // of a gated product the gate's
         const int64_t wanted = (4 * num_threads + groups - 1) / groups, most = (c.rows + kPartRows - 1) / kPartRows;
-        const int64_t parts = wanted < most ? wanted : most, part_rows = (c.rows + parts - 1) / parts;
+        const int64_t least = row_parts(c.rows, row_bytes(w)), parts = wanted > most ? most : wanted > least ? wanted : least;
+        const int64_t part_rows = (c.rows + parts - 1) / parts;
         int64_t begin, end;
-        const int64_t chunk = chunk_for(groups, 4 * num_threads);   // small, so that shares come out even
+        const int64_t chunk = parts > 1 ? 1 : chunk_for(groups, 4 * num_threads);   // small, so that shares come out even
         while (take(c, groups * parts, chunk, &begin, &end)) {
             const int64_t r = begin / groups * part_rows, rows = c.rows - r < part_rows ? c.rows - r : part_rows;
             if (rows <= 0) continue;

@@ -48,19 +48,20 @@ static void quantise_row(const float* x, char* row, int64_t k) {
     }
 }
 
-template <class Panel, int S, int kEnd, int kRows, int kPanels>
-PG_INLINE void block_dots(const char* w, int64_t stride, int64_t b, const char* x, int64_t row_bytes, i32x16 (&dots)[kRows][kPanels]) {
-    if constexpr (S < kEnd) {
+// Products S, S + 1, ... of a group of kCount, which begins with the block's product kFirst.
+template <class Panel, int kFirst, int kCount, int S, int kRows, int kPanels>
+PG_INLINE void block_dots(const char* w, int64_t stride, int64_t b, const char* x, int64_t row_bytes, typename Panel::Act::Sum (&dots)[kRows][kPanels]) {
+    if constexpr (S < kCount) {
         u8x64 v[kPanels];
 #pragma GCC unroll 8
-        for (int p = 0; p < kPanels; ++p) v[p] = Panel::template vector<S>(w + p * stride, b);
+        for (int p = 0; p < kPanels; ++p) v[p] = Panel::template vector<kFirst + S>(w + p * stride, b);
 #pragma GCC unroll 8
         for (int a = 0; a < kRows; ++a) {
-            const i32x16 four = load_word(x + a * row_bytes + 4 * S);
+            const i32x16 four = load_word(x + a * row_bytes + 4 * (kFirst + S));
 #pragma GCC unroll 8
-            for (int p = 0; p < kPanels; ++p) dots[a][p] = Panel::Act::dot(dots[a][p], v[p], four);
+            for (int p = 0; p < kPanels; ++p) dots[a][p].template add<S>(v[p], four);
         }
-        block_dots<Panel, S + 1, kEnd>(w, stride, b, x, row_bytes, dots);
+        block_dots<Panel, kFirst, kCount, S + 1>(w, stride, b, x, row_bytes, dots);
     }
 }
 
@@ -68,18 +69,21 @@ template <class Panel, int kGroup, int kRows, int kPanels>
 PG_INLINE void block_group(const char* w, int64_t stride, int64_t b, const char* x, int64_t row_bytes, f32x16 (&acc)[kRows][kPanels]) {
     using Block = QuantBlock<typename Panel::Act>;
     constexpr int kSteps = Panel::Act::kSteps / Panel::kGroups;
-    i32x16 dots[kRows][kPanels];
+    typename Panel::Act::Sum dots[kRows][kPanels];
 #pragma GCC unroll 8
     for (int a = 0; a < kRows; ++a)
 #pragma GCC unroll 8
-        for (int p = 0; p < kPanels; ++p) dots[a][p] = iset1(((const Block*)(x + a * row_bytes))->start[kGroup]);
-    block_dots<Panel, kGroup * kSteps, (kGroup + 1) * kSteps>(w, stride, b, x, row_bytes, dots);
+        for (int p = 0; p < kPanels; ++p) dots[a][p].begin(((const Block*)(x + a * row_bytes))->start[kGroup]);
+    block_dots<Panel, kGroup * kSteps, kSteps, 0>(w, stride, b, x, row_bytes, dots);
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
         const f32x16 d = Panel::scale(w + p * stride, b, kGroup);
 #pragma GCC unroll 8
-        for (int a = 0; a < kRows; ++a)
-            acc[a][p] = fma(to_f32(dots[a][p]), mul(d, set1(((const Block*)(x + a * row_bytes))->d)), acc[a][p]);
+        for (int a = 0; a < kRows; ++a) {
+            const Block& block = *(const Block*)(x + a * row_bytes);
+            const i32x16 sum = dots[a][p].template end<kSteps, !Panel::kHasMin>(block.start[kGroup]);   // with a minimum there is no offset
+            acc[a][p] = fma(to_f32(sum), mul(d, set1(block.d)), acc[a][p]);
+        }
     }
 }
 

@@ -12,10 +12,10 @@
 
 PG_INLINE int64_t i8_panel_bytes(int64_t k) { return 64 + 16 * k; }
 PG_INLINE const float* i8_cosines(const pg_tensor& w) { return (const float*)((const char*)w.data + (w.rows + 15) / 16 * i8_panel_bytes(w.cols)); }
-PG_INLINE int64_t i8_row_bytes(int64_t k) { return 64 + round_up(k, 64); }
+PG_INLINE int64_t i8_row_bytes(int64_t k) { return 64 + round_up(k * int64_t(sizeof(Int8Row::Element)), 64); }
 PG_INLINE int64_t i8_room_bytes(int64_t k) { return round_up(2 * k * 4, 64); }
 
-// A rounded row: this, then K bytes.
+// A rounded row: this, then K integers as Int8Row keeps them.
 struct I8Row {
     float d;
     int32_t start;   // -128 * sum: what the weights' offset adds
@@ -110,11 +110,11 @@ static void i8_round_row(float* x, float* room, char* row, int64_t k, const floa
     __builtin_memcpy(&most, &most_bits, 4);
     const f32x16 inverse = set1(most > 1.0e-30f ? 127.0f / most : 0.0f);
     i32x16 sums = iset1(0);
-    int8_t* q = (int8_t*)row + 64;
+    Int8Row::Element* q = (Int8Row::Element*)(row + 64);
     for (int64_t i = 0; i < k; i += 16) {
         const i32x16 rounded = round_i32(mul(load(turned + i), inverse));
         sums = iadd(sums, rounded);
-        store_i8(q + i, rounded);
+        Int8Row::put(q + i, rounded);
     }
     const int32_t sum = sum_lanes(sums);
     // NaN and infinity in a row must come out as NaN
@@ -123,24 +123,34 @@ static void i8_round_row(float* x, float* room, char* row, int64_t k, const floa
 
 // Rows [kRow, kRows) of a tile. Recursion instead of loops: GCC 12 leaves an array of accumulators on the stack otherwise.
 template <int kRow, int kRows, int kPanels>
-PG_INLINE void i8_start(const char* x, int64_t row_bytes, i32x16 (&acc)[kRows][kPanels]) {
+PG_INLINE void i8_start(const char* x, int64_t row_bytes, Int8Row::Sum (&acc)[kRows][kPanels]) {
     if constexpr (kRow < kRows) {
-        for (int p = 0; p < kPanels; ++p) acc[kRow][p] = iset1(((const I8Row*)(x + kRow * row_bytes))->start);
+        for (int p = 0; p < kPanels; ++p) acc[kRow][p].begin(((const I8Row*)(x + kRow * row_bytes))->start);
         i8_start<kRow + 1>(x, row_bytes, acc);
     }
 }
 template <int kRow, int kRows, int kPanels>
-PG_INLINE void i8_dots(const char* x, int64_t row_bytes, const u8x64 (&w)[kPanels], i32x16 (&acc)[kRows][kPanels]) {
+PG_INLINE void i8_dots(const char* x, int64_t row_bytes, const u8x64 (&w)[kPanels], Int8Row::Sum (&acc)[kRows][kPanels]) {
     if constexpr (kRow < kRows) {
         const i32x16 four = load_word(x + kRow * row_bytes);
-        for (int p = 0; p < kPanels; ++p) acc[kRow][p] = dot_u8(acc[kRow][p], w[p], four);
+        for (int p = 0; p < kPanels; ++p) acc[kRow][p].template add<0>(w[p], four);
         i8_dots<kRow + 1>(x, row_bytes, w, acc);
     }
 }
+// Four values of k: with bytes one product, with words two.
+template <int S, int kRows, int kPanels>
+PG_INLINE void i8_step(const char* at, int64_t panel_bytes, const char* x, int64_t row_bytes, Int8Row::Sum (&acc)[kRows][kPanels]) {
+    if constexpr (S < Int8Row::kSteps / 8) {
+        u8x64 v[kPanels];
+        for (int p = 0; p < kPanels; ++p) v[p] = step_of<Int8Row, S>(load_bytes(at + p * panel_bytes));
+        i8_dots<0>(x + 4 * S, row_bytes, v, acc);
+        i8_step<S + 1>(at, panel_bytes, x, row_bytes, acc);
+    }
+}
 template <int kRow, int kRows, int kPanels>
-PG_INLINE void i8_store(char* sums, const i32x16 (&acc)[kRows][kPanels]) {
+PG_INLINE void i8_store(char* sums, const Int8Row::Sum (&acc)[kRows][kPanels]) {
     if constexpr (kRow < kRows) {
-        for (int p = 0; p < kPanels; ++p) store_bytes(sums + 64 * (kPanels * kRow + p), acc[kRow][p]);
+        for (int p = 0; p < kPanels; ++p) store_bytes(sums + 64 * (kPanels * kRow + p), acc[kRow][p].lanes);
         i8_store<kRow + 1>(sums, acc);
     }
 }
@@ -164,19 +174,18 @@ template <int kRows, int kPanels>
 static void i8_tile(const char* x, int64_t row_bytes, const char* w, int64_t k, int64_t r, int64_t n, Fetch& next, const Finish& finish) {
     Fetch ahead = next;
     const int64_t panel_bytes = i8_panel_bytes(k);
-    i32x16 acc[kRows][kPanels];
+    Int8Row::Sum acc[kRows][kPanels];
     i8_start<0>(x, row_bytes, acc);
-    const char *at = w + 64, *four = x + 64, *end = four + k;
+    constexpr int64_t kSize = sizeof(Int8Row::Element);
+    const char *at = w + 64, *four = x + 64, *end = four + k * kSize;
     do {
         ahead.some();
-        const char* soon = four + 16;
+        const char* soon = four + 16 * kSize;
 #pragma GCC unroll 1
         do {
-            u8x64 v[kPanels];
-            for (int p = 0; p < kPanels; ++p) v[p] = load_bytes(at + p * panel_bytes);
-            i8_dots<0>(four, row_bytes, v, acc);
+            i8_step<0>(at, panel_bytes, four, row_bytes, acc);
             at += 64;
-            four += 4;
+            four += 4 * kSize;
         } while (four < soon);
     } while (four < end);
     next = ahead;
@@ -199,18 +208,16 @@ struct I8Rows {
     const Call& c;
     const char* x;
     const Finish& finish;
-    const int64_t k, steps, panel_bytes;
+    const int64_t k, num_fetches, panel_bytes, row_bytes;
 
     I8Rows(const Call& call, const char* rows, const Finish& then)
-        : c(call), x(rows), finish(then), k(c.t[1].cols), steps(k / 16), panel_bytes(i8_panel_bytes(k)) {}
+        : c(call), x(rows), finish(then), k(c.t[1].cols), num_fetches(k / 16), panel_bytes(i8_panel_bytes(k)), row_bytes(i8_row_bytes(k)) {}
 
     template <int kCount>
-    void run(int64_t panel, Fetch& next) const {
-        const int64_t row_bytes = i8_row_bytes(k);
+    void run(int64_t panel, int64_t r, int64_t end, Fetch& next) const {
         const char* w = static_cast<const char*>(c.t[1].data) + panel * panel_bytes;
-        int64_t r = 0;
-        for (int64_t tiles = (c.rows + kRows - 1) / kRows; tiles > 0; --tiles) {
-            const int64_t now = (c.rows - r + tiles - 1) / tiles;
+        for (int64_t tiles = (end - r + kRows - 1) / kRows; tiles > 0; --tiles) {
+            const int64_t now = (end - r + tiles - 1) / tiles;
             i8_tile_of<kCount, kRows>(now, x + r * row_bytes, row_bytes, w, k, r, panel * 16, next, finish);
             r += now;
         }

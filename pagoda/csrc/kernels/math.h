@@ -93,6 +93,31 @@ PG_INLINE u8x64 pack_bf16(f32x16 a, f32x16 b) {
 #endif
 #undef PG_HAS_STORE_BF16
 
+// 32 bytes; bfloat16 holds them exactly.
+#if !defined(PG_HAS_I8_TO_BF16)
+PG_INLINE u8x64 i8_to_bf16(const int8_t* p) { return pack_bf16(load_i8(p), load_i8(p + 16)); }
+#endif
+#undef PG_HAS_I8_TO_BF16
+
 static inline void row_to_bf16(const float* __restrict x, uint16_t* __restrict y, int64_t n) {
     for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
 }
+
+// What is multiplied with bfloat16.
+PG_INLINE void row_to_factors(const float* x, uint16_t* y, int64_t n) { row_to_bf16(x, y, n); }
+PG_INLINE void row_to_factors(const float* x, float* y, int64_t n) {
+    if (x != y) memcpy(y, x, size_t(n) * 4);
+}
+PG_INLINE void put_factor(uint16_t* y, float x) { *y = to_bf16(x); }
+PG_INLINE void put_factor(float* y, float x) { *y = x; }
+
+// acc + w[0] x[0] + w[1] x[1] per lane, or part 0 or 1 of it.
+#if defined(PG_HAS_DOT_BF16)
+constexpr int kPairParts = 1;
+template <int>
+PG_INLINE f32x16 dot_pair(f32x16 acc, u8x64 w, const Factor* x) { return dot_bf16(acc, w, x); }
+#else
+constexpr int kPairParts = 2;
+template <int kPart>
+PG_INLINE f32x16 dot_pair(f32x16 acc, u8x64 w, const Factor* x) { return fma(half_bf16<kPart>(w), set1(x[kPart]), acc); }
+#endif

@@ -75,8 +75,16 @@ struct Halves {
     }
 };
 
-// A weight as panels, and who multiplies which. `Rows` multiplies all rows: its `panel_bytes` and `steps` say what a panel is and in how many
-// steps a tile of kRows rows walks it, and run<kCount>(panel, next) multiplies kCount panels, at most kPanels, while `next` is fetched.
+// Parts that `rows` rows are multiplied in, so that the second cache keeps a part while all panels pass.
+PG_INLINE int64_t row_parts(int64_t rows, int64_t row_bytes) {
+    const int64_t least = 48, fit = kRowsBytes / row_bytes;
+    return 1 + (rows - 1) / (fit > least ? fit : least);
+}
+
+// A weight as panels, and who multiplies which. `Rows` multiplies rows, of `row_bytes`: its `panel_bytes` says what a panel is,
+// `num_fetches` how often a tile of kRows rows asks for what comes next, and run<kCount>(panel, r, end, next) multiplies rows [r, end)
+// with kCount panels, at most kPanels, while `next` is fetched. What is shared out are the panels of the first part of the rows, then
+// those of the second, and so on.
 template <class Rows>
 struct PanelProduct {
     static constexpr int kPanels = Rows::kPanels;
@@ -84,44 +92,53 @@ struct PanelProduct {
     const Call& c;
     const Rows& rows;
     const int64_t panels;   // of a gated product the gate's
+    const int64_t parts, part_rows;
     const char* const weight;
 
     PanelProduct(const Call& call, const Rows& all)
-        : c(call), rows(all), panels((c.t[4].cols + 15) / 16), weight(static_cast<const char*>(c.t[1].data)) {}
+        : c(call), rows(all), panels((c.t[4].cols + 15) / 16), parts(row_parts(c.rows, rows.row_bytes)), part_rows((c.rows + parts - 1) / parts),
+          weight(static_cast<const char*>(c.t[1].data)) {}
 
     Halves halves(int tid, int num_threads) const {
         const int64_t most = panels / ((c.rows == 1 ? 4 : 32) * num_threads) / kPanels * kPanels, least = panels / (2 * num_threads);
-        return Halves::of(c, panels, most > 0 ? most : least > kPanels ? kPanels : least > 1 ? least : 1, tid, num_threads);
+        return Halves::of(c, parts * panels, most > 0 ? most : least > kPanels ? kPanels : least > 1 ? least : 1, tid, num_threads);
     }
 
     // One row reads panels as fast as memory gives them; with more, the panels that come next are fetched meanwhile.
-    Fetch ahead(int64_t panel, int64_t end) const {
-        const int64_t count = end - panel < kPanels ? end - panel : kPanels, tiles = (c.rows + Rows::kRows - 1) / Rows::kRows;
-        return fetch(weight + panel * rows.panel_bytes, c.rows > 1 ? count * rows.panel_bytes : 0, rows.steps * tiles, tiles == 1);
+    Fetch ahead(int64_t panel, int64_t count) const {
+        const int64_t tiles = (part_rows + Rows::kRows - 1) / Rows::kRows;
+        return fetch(weight + panel * rows.panel_bytes, c.rows > 1 ? count * rows.panel_bytes : 0, rows.num_fetches * tiles, c.rows <= Rows::kRows);
+    }
+    // How many panels from place p on are multiplied together.
+    int64_t count_of(int64_t p, int64_t end) const {
+        const int64_t left = panels - p % panels, count = end - p < left ? end - p : left;
+        return count < kPanels ? count : kPanels;
     }
 
     void run(int tid, int num_threads) const {
         const Halves shared = halves(tid, num_threads);
         Halves::Range now, likely;
         while (shared.take(&now, &likely))
-            for (int64_t p = now.begin; p < now.end; p += kPanels) {
-                const int64_t count = now.end - p < kPanels ? now.end - p : kPanels;
-                Fetch next = p + kPanels < now.end ? ahead(p + kPanels, now.end) : ahead(likely.begin, likely.end);
+            for (int64_t p = now.begin, count; p < now.end; p += count) {
+                count = count_of(p, now.end);
+                const int64_t panel = p % panels, r = p / panels * part_rows, end = c.rows - r < part_rows ? c.rows : r + part_rows;
+                const int64_t after = p + count < now.end ? p + count : likely.begin;
+                Fetch next = ahead(after % panels, count_of(after, p + count < now.end ? now.end : likely.end));
                 if (c.i[1]) {
-                    Fetch factor = ahead(p + panels, p + panels + count);
-                    multiply<kPanels>(p, count, factor);
-                    multiply<kPanels>(p + panels, count, next);
+                    Fetch factor = ahead(panel + panels, count);
+                    multiply<kPanels>(panel, r, end, count, factor);
+                    multiply<kPanels>(panel + panels, r, end, count, next);
                 } else {
-                    multiply<kPanels>(p, count, next);
+                    multiply<kPanels>(panel, r, end, count, next);
                 }
             }
     }
 
     template <int kCount>
-    void multiply(int64_t panel, int64_t count, Fetch& next) const {
+    void multiply(int64_t panel, int64_t r, int64_t end, int64_t count, Fetch& next) const {
         if constexpr (kCount > 1)
-            if (count < kCount) return multiply<kCount - 1>(panel, count, next);
-        rows.template run<kCount>(panel, next);
+            if (count < kCount) return multiply<kCount - 1>(panel, r, end, count, next);
+        rows.template run<kCount>(panel, r, end, next);
     }
 };
 
