@@ -148,7 +148,8 @@ def fractions(engine: LocalEngine, found: dict[str, dict[str, float]], limits: d
     for name in ("W2-512", "W2-2048"):
         if name in found:
             rate = flops * found[name]["prefill tok/s"] / 1e9
-            yield name, f"{rate:.0f} GFLOP/s in linear layers, {rate / limits['bf16']:.0%} of the {limits['bf16']:.0f} of bf16 dot products"
+            kind = "bf16" if "bf16" in limits else "fp32"  # without products of bfloat16, of floats
+            yield name, f"{rate:.0f} GFLOP/s in linear layers, {rate / limits[kind]:.0%} of the {limits[kind]:.0f} of {kind} products"
 
 
 def medians(samples: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:

@@ -158,20 +158,7 @@ PG_INLINE void store_words(int16_t* p, i32x16 v, __m128i bytes) {
 }
 PG_INLINE void store_i16(int16_t* p, i32x16 v) { store_words(p, v, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1)); }
 PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) { store_words(p, v, _mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1)); }
-
-#define PG_HAS_STORE_BF16
-PG_INLINE __m256i round_bf16(__m256 v) {   // in the low halves
-    const __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
-}
-PG_INLINE __m256i pack_halves(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8); }
-PG_INLINE void store_bf16(uint16_t* p, f32x16 v) { _mm256_storeu_si256((__m256i*)p, pack_halves(round_bf16(v.a), round_bf16(v.b))); }
-PG_INLINE u8x64 pack_bf16(f32x16 a, f32x16 b) {
-    return {pack_halves(round_bf16(a.a), round_bf16(a.b)), pack_halves(round_bf16(b.a), round_bf16(b.b))};
-}
-#define PG_HAS_I8_TO_BF16
-PG_INLINE __m256i high_half(__m256 v) { return _mm256_srli_epi32(_mm256_castps_si256(v), 16); }
-PG_INLINE u8x64 i8_to_bf16(const int8_t* p) {
-    const f32x16 low = load_i8(p), high = load_i8(p + 16);
-    return {pack_halves(high_half(low.a), high_half(low.b)), pack_halves(high_half(high.a), high_half(high.b))};
+PG_INLINE i32x16 load_i8_words(const int8_t* p) {   // 32 bytes as 16-bit words
+    const __m128i* q = (const __m128i*)p;
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(q)), _mm256_cvtepi8_epi16(_mm_loadu_si128(q + 1))};
 }

@@ -177,3 +177,10 @@ PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) {
     __builtin_memcpy(t, &v, 64);
     for (int i = 0; i < 16; ++i) p[i] = int16_t(t[i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4)]);
 }
+PG_INLINE i32x16 load_i8_words(const int8_t* p) {   // 32 bytes as 16-bit words
+    int16_t t[32];
+    for (int i = 0; i < 32; ++i) t[i] = p[i];
+    i32x16 r;
+    __builtin_memcpy(&r, t, 64);
+    return r;
+}

@@ -19,6 +19,7 @@ struct SimpleOp {
 #include "kernels/embedding.h"
 #include "kernels/kv.h"
 #include "kernels/attention_kinds.h"
+#include "kernels/attention_int8.h"
 #include "kernels/attention.h"
 #include "kernels/rows.h"
 #include "kernels/sample.h"

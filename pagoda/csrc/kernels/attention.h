@@ -151,7 +151,7 @@ template <class Kind>
 struct Attention : AttentionSizes {
     using Element = typename Kind::Element;
     using Weight = typename Kind::Weight;
-    static constexpr int kPair = Kind::kPair;
+    static constexpr int kPair = Kind::kPair, kWeightRow = Kind::kIsInteger ? 80 : kKeys;   // integers have a step behind them
     static constexpr float kSlack = 8.0f;
 
     const Call& c;
@@ -169,7 +169,7 @@ struct Attention : AttentionSizes {
     char* q;            // [kRows] queries, as the kind keeps them
     float *now, *total; // [kRows] states: of this part, and of the parts before it
     float* s;           // [kTileRows][64] scores
-    Weight* w;          // [kTileRows][64] weights
+    Weight* w;          // [kTileRows][kWeightRow] weights
     uint16_t* unpacked; // [64][dim] values of the tile, in pairs of keys
     float* scales;      // [4][2][16] of the tile's values, and their inverses
     int64_t *from, *to; // [kRows] keys a row sees
@@ -197,7 +197,7 @@ struct Attention : AttentionSizes {
         total = now + kRows * state_size;
         s = total + kRows * state_size;
         w = (Weight*)(s + kTileRows * kKeys);
-        unpacked = (uint16_t*)(w + kTileRows * kKeys);
+        unpacked = (uint16_t*)(w + kTileRows * kWeightRow);
         scales = (float*)(unpacked + kKeys * wide);
         from = (int64_t*)(scales + 2 * kKeys);
         to = from + kRows;
@@ -345,7 +345,7 @@ struct Attention : AttentionSizes {
                 if (at.tiles == 1)   // one page after the other: read side by side they would make the hardware fetch what nobody wants
                     for (int g = first; g < last; ++g)
                         for (int64_t b = 0; b < cache.group_bytes; b += 64) __builtin_prefetch(keys[g] + b, 0, 3);
-                if constexpr (Kind::kUnpacks) unpack(first, last);
+                if constexpr (Kind::kHasScales) unpack(first, last);
                 tile(h * per_head, (h + 1) * per_head, base, begin, stop);
             }
         }
@@ -421,15 +421,18 @@ struct Attention : AttentionSizes {
         }
     }
 
-    // Bytes are what bfloat16 holds exactly; their scales wait for the weights.
+    // Bytes are what bfloat16 holds exactly, unless they are multiplied as they are; their scales wait for the weights.
     void unpack(int first, int last) {
         for (int g = first; g < last; ++g) {
             const int8_t* from = (const int8_t*)values[g];
-            uint16_t* to = unpacked + g * 16 * dim;
-            for (int64_t d = 0; d < 16 * dim; d += 64) {
-                if (fetch) __builtin_prefetch(next_values[g] + d, 0, 2);
+            if constexpr (!Kind::kIsInteger) {
+                uint16_t* to = unpacked + g * 16 * dim;
+                for (int64_t d = 0; d < 16 * dim; d += 64) {
+                    if (fetch) __builtin_prefetch(next_values[g] + d, 0, 2);
 #pragma GCC unroll 4
-                for (int k = 0; k < 64; k += 32) store_bytes(to + d + k, i8_to_bf16(from + d + k));
+                    for (int k = 0; k < 64; k += 32) store_bytes(to + d + k, pack_bf16(load_i8(from + d + k), load_i8(from + d + k + 16)));
+                }
+                values[g] = (const Element*)to;
             }
             if (fetch) {
                 __builtin_prefetch(next_keys[g] + 16 * dim, 0, 2);
@@ -438,7 +441,6 @@ struct Attention : AttentionSizes {
             const f32x16 scale = load((const float*)(from + 16 * dim));
             store(scales + 32 * g, scale);
             store(scales + 32 * g + 16, div(set1(1.0f), scale));
-            values[g] = (const Element*)to;
         }
     }
 
@@ -450,7 +452,7 @@ struct Attention : AttentionSizes {
         for (int a = row; a < rows; a += kTileRows) {
             soften_block(a, rows - a < kTileRows ? rows - a : kTileRows, base, first, last);
             if (a + kTileRows < rows) scores_of<kTileRows>(a + kTileRows, rows, first, last, false);
-            weigh_of<kTileRows>(a, rows, begin, stop, a == row && fetch && !Kind::kUnpacks);
+            weigh_of<kTileRows>(a, rows, begin, stop, a == row && fetch && !(Kind::kHasScales && !Kind::kIsInteger));
         }
     }
 
@@ -540,7 +542,7 @@ struct Attention : AttentionSizes {
             v[g] = Kind::power(v[g]);
             if constexpr (kMasked) v[g] = keep_lanes(v[g], lo - 16 * g, hi - 16 * g, zero());
         }
-        store(state + wide, Kind::template weights<!kWhole>(load(state + wide), v, w + b * kKeys, scales, lo, hi));
+        store(state + wide, Kind::template weights<!kWhole>(load(state + wide), v, w + b * kWeightRow, scales, lo, hi));
     }
 
     // Lets the maximum of a row be higher by `by`; returns by how much it is.
@@ -556,17 +558,65 @@ struct Attention : AttentionSizes {
         return delta;
     }
 
-    template <int kPart, int kR, int kC, class Values>
-    PG_MEMBER void weigh_step(const Values (&column)[kC], const Weight* weights, f32x16 (&acc)[kR][kC]) {
+    // Part kPart of the products with values at `v`, of n columns in the last 16.
+    template <int kPart, int kR, int kC>
+    PG_MEMBER void weigh_step(const Element* v, int64_t n, const Weight* weights, f32x16 (&acc)[kR][kC]) {
+        decltype(Kind::load_values(v, n)) column[kC];
+#pragma GCC unroll 4
+        for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, kC > 1 ? 16 : n);
 #pragma GCC unroll 8
         for (int b = 0; b < kR; ++b)
 #pragma GCC unroll 4
-            for (int p = 0; p < kC; ++p) acc[b][p] = Kind::template weigh<kPart>(acc[b][p], column[p], weights + b * kKeys);
+            for (int p = 0; p < kC; ++p) acc[b][p] = Kind::template weigh<kPart>(acc[b][p], column[p], weights + b * kWeightRow);
     }
 
     // o += p v for keys [begin, stop) of the tile and columns d .. of rows a ..; n < 16 columns are left of the last 16.
     template <int kR, int kC, bool kFetch>
-    void weigh(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
+    PG_MEMBER void weigh(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
+        if constexpr (Kind::kIsInteger) weigh_integers<kR, kC, kFetch>(a, begin, stop, d, n);
+        else weigh_floats<kR, kC, kFetch>(a, begin, stop, d, n);
+    }
+
+    // What of the pairs after key j is asked for beside column d.
+    template <int kC>
+    PG_MEMBER void ask_values(int64_t j, int64_t d) {
+        const char* next = next_values[j / 16] + (j % 16 * dim + d * kPair) * int64_t(sizeof(Element));
+#pragma GCC unroll 4
+        for (int p = 0; p < kC; ++p) __builtin_prefetch(next + 64 * p, 0, 2);
+    }
+
+    // The other key of a last pair belongs to nobody yet: its weight is 0.
+    template <int kR, int kC, bool kFetch>
+    void weigh_integers(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
+        i32x16 sums[kR][kC];
+#pragma GCC unroll 8
+        for (int b = 0; b < kR; ++b)
+#pragma GCC unroll 4
+            for (int p = 0; p < kC; ++p) sums[b][p] = iset1(0);
+        for (int64_t j = begin / kPair * kPair; j < stop; j += kPair) {
+            const Element* v = values[j / 16] + j % 16 * dim + d * kPair;
+            if constexpr (kFetch) ask_values<kC>(j, d);
+            i32x16 column[kC];
+#pragma GCC unroll 4
+            for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, kC > 1 ? 16 : n);
+#pragma GCC unroll 8
+            for (int b = 0; b < kR; ++b) {
+                const i32x16 pair = load_word((const char*)(w + b * kWeightRow + j));
+#pragma GCC unroll 4
+                for (int p = 0; p < kC; ++p) sums[b][p] = dot_i16(sums[b][p], column[p], pair);
+            }
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < kR; ++b)
+#pragma GCC unroll 4
+            for (int p = 0; p < kC; ++p) {
+                float* o = now + (a + b) * state_size + d + 16 * p;
+                store(o, fma(to_f32(sums[b][p]), set1(Kind::step_of(w + b * kWeightRow)), load(o)));
+            }
+    }
+
+    template <int kR, int kC, bool kFetch>
+    void weigh_floats(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
         float* o = now + a * state_size + d;
         f32x16 acc[kR][kC];
 #pragma GCC unroll 8
@@ -576,16 +626,9 @@ struct Attention : AttentionSizes {
         int64_t j = begin / kPair * kPair;
         for (; j + kPair <= stop; j += kPair) {
             const Element* v = values[j / 16] + j % 16 * dim + d * kPair;
-            if constexpr (kFetch) {
-                const char* next = next_values[j / 16] + (j % 16 * dim + d * kPair) * int64_t(sizeof(Element));
-#pragma GCC unroll 4
-                for (int p = 0; p < kC; ++p) __builtin_prefetch(next + 64 * p, 0, 2);
-            }
-            decltype(Kind::load_values(v, n)) column[kC];
-#pragma GCC unroll 4
-            for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, kC > 1 ? 16 : n);
-            weigh_step<0>(column, w + j, acc);
-            if constexpr (Kind::kParts == 2) weigh_step<1>(column, w + j, acc);
+            if constexpr (kFetch) ask_values<kC>(j, d);
+            weigh_step<0>(v, n, w + j, acc);
+            if constexpr (Kind::kParts == 2) weigh_step<1>(again(v), n, w + j, acc);
         }
         if constexpr (kPair == 2)
             if (j < stop) {   // the other key of the last pair belongs to nobody yet: shifted out, whatever it holds
@@ -595,7 +638,7 @@ struct Attention : AttentionSizes {
                 for (int p = 0; p < kC; ++p) alone[p] = shift_left<16>(Kind::load_values(v + 32 * p, n));
 #pragma GCC unroll 8
                 for (int b = 0; b < kR; ++b) {
-                    const Weight pair[2] = {0, w[b * kKeys + j]};
+                    const Weight pair[2] = {0, w[b * kWeightRow + j]};
 #pragma GCC unroll 4
                     for (int p = 0; p < kC; ++p) acc[b][p] = Kind::template weigh<Kind::kParts - 1>(acc[b][p], alone[p], pair);
                 }

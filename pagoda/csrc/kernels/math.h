@@ -93,12 +93,6 @@ PG_INLINE u8x64 pack_bf16(f32x16 a, f32x16 b) {
 #endif
 #undef PG_HAS_STORE_BF16
 
-// 32 bytes; bfloat16 holds them exactly.
-#if !defined(PG_HAS_I8_TO_BF16)
-PG_INLINE u8x64 i8_to_bf16(const int8_t* p) { return pack_bf16(load_i8(p), load_i8(p + 16)); }
-#endif
-#undef PG_HAS_I8_TO_BF16
-
 static inline void row_to_bf16(const float* __restrict x, uint16_t* __restrict y, int64_t n) {
     for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
 }
@@ -121,3 +115,9 @@ constexpr int kPairParts = 2;
 template <int kPart>
 PG_INLINE f32x16 dot_pair(f32x16 acc, u8x64 w, const Factor* x) { return fma(half_bf16<kPart>(w), set1(x[kPart]), acc); }
 #endif
+// The same address, which the compiler does not know to be the same: what is there is read again, not kept in registers that are too few.
+template <class T>
+PG_INLINE const T* again(const T* p) {
+    asm("" : "+r"(p));
+    return p;
+}
