@@ -64,7 +64,7 @@ def test_load_is_that_of_both() -> None:
     with toy("slow", processes=2) as slow:
         slow.wait_for("HTTP is spoken by")
         readings = [Reading(slow.url, LONG | {"seed": seed}) for seed in range(6)]
-        assert all(reading.has_begun.wait(10) for reading in readings)
+        assert all(reading.has_begun.wait(60) for reading in readings)
         wait_until(lambda: httpx.get(slow.url + "/load").json() == {"server_load": 6})
         slow.process.send_signal(signal.SIGTERM)
         slow.wait_for("stopping")
