@@ -13,6 +13,7 @@ constexpr int kStoredRows = 3;
 constexpr int kUnpackRows = 6;
 constexpr int kI8Rows = 5;
 constexpr int kI8Panels = 1;
+constexpr int kLoneI8Panels = 4;
 constexpr int kFetchSteps = 4;
 constexpr int64_t kRowsBytes = 192 << 10;
 

@@ -14,6 +14,7 @@ constexpr int kStoredRows = 4;   // rows x 1 panel of one read where it is store
 constexpr int kUnpackRows = 8;   // with more rows than these panels are unpacked first
 constexpr int kI8Rows = 12;      // rows x panels of accumulators of a product with one scale an output
 constexpr int kI8Panels = 2;
+constexpr int kLoneI8Panels = 2;
 constexpr int kFetchSteps = 1;     // steps of a float product between two looks at what is to be fetched
 constexpr int64_t kRowsBytes = int64_t(1) << 40;   // rows that are multiplied with all panels before others: what the second cache keeps
 

@@ -14,6 +14,7 @@ constexpr int kStoredRows = 1;
 constexpr int kUnpackRows = 4;
 constexpr int kI8Rows = 2;
 constexpr int kI8Panels = 1;
+constexpr int kLoneI8Panels = 1;
 constexpr int kFetchSteps = 4;
 constexpr int64_t kRowsBytes = 192 << 10;
 

@@ -89,7 +89,7 @@ struct linear_op {
         }
         if (unpacks(c)) return multiply_unpacked(c, x, tid, num_threads);
         if (c.t[1].dtype == PG_W_F32 || c.t[1].dtype == PG_W_BF16) return multiply_floats(c, x, tid, num_threads);
-        if (c.t[1].dtype == PG_W_I8) return multiply_panels(c, I8Rows(c, x, finish_of(c)), tid, num_threads);
+        if (c.t[1].dtype == PG_W_I8) return i8_product(c, x, finish_of(c), tid, num_threads);
         const int64_t panels = (c.t[4].cols + 15) / 16;   // of a gated product those of the gate, each with its factor's
         const int64_t chunk = round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
         while (take(c, panels, chunk, &begin, &end)) {

@@ -203,8 +203,9 @@ PG_INLINE void i8_tile_of(int64_t rows, const char* x, int64_t row_bytes, const 
 }
 
 // All rows, in tiles as even as can be.
+template <int kMostPanels, int kMostRows>
 struct I8Rows {
-    static constexpr int kPanels = kI8Panels, kRows = kI8Rows;
+    static constexpr int kPanels = kMostPanels, kRows = kMostRows;
     const Call& c;
     const char* x;
     const Finish& finish;
@@ -223,3 +224,8 @@ struct I8Rows {
         }
     }
 };
+
+static void i8_product(const Call& c, const char* x, const Finish& finish, int tid, int num_threads) {
+    if (c.rows == 1) multiply_panels(c, I8Rows<kLoneI8Panels, 1>(c, x, finish), tid, num_threads);
+    else multiply_panels(c, I8Rows<kI8Panels, kI8Rows>(c, x, finish), tid, num_threads);
+}
