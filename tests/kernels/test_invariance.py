@@ -37,6 +37,15 @@ def test_linear(format: str, k: int, n: int, threads: int) -> None:
     np.testing.assert_array_equal(ops.linear(x[20:40], w, bias, residual=residual[20:40]), alone[20:40])
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_linear_of_more_rows_than_a_cache_keeps(format: str, isa: str) -> None:
+    """130 rows of 1,536 values are multiplied in parts where the second cache is small, the last part a short one."""
+    rng = np.random.default_rng(7)
+    w, x = weight(rng, format, 50, 1536), normal(rng, 130, 1536)
+    pieces = np.concatenate([ops.linear(x[r : r + 10], w) for r in range(0, 130, 10)])
+    np.testing.assert_array_equal(ops.linear(x, w), pieces)
+
+
 def test_row_ops(threads: int) -> None:
     rng = np.random.default_rng(4)
     x, g, at, angles = normal(rng, 65, 96), normal(rng, 24), rng.integers(0, 99, 65), rope_table(100, 24)
