@@ -125,21 +125,22 @@ def filled_cache(rng: np.random.Generator, dtype: str, *, block_size: int, heads
     return cache, table
 
 
-def attention_with_rounded_weights(
+def attention_with_rounded_queries(
     q: np.ndarray, cache: KvPlane, table: np.ndarray, starts: np.ndarray, lens: np.ndarray, *, scale: float, head_dim: int, window: int, soft_cap: float
 ) -> np.ndarray:
-    """Softmax whose numerators are bfloat16 where they meet the values, as they are stored."""
+    """Attention whose queries are integers of 8 bits and one scale a head, as they are where bytes are multiplied."""
     rows = []
     for s, length in enumerate(lens):
         k_JHD, v_JHD = read_tokens(cache, table[s], int(length))
         x_QHGD = q[starts[s] : starts[s + 1]].reshape(-1, cache.num_kv_heads, q.shape[1] // head_dim // cache.num_kv_heads, head_dim)
-        scores = np.einsum("qhgd,jhd->qhgj", x_QHGD, k_JHD) * scale
+        step_QHG1 = np.abs(x_QHGD).max(axis=3, keepdims=True) / 127
+        scores = np.einsum("qhgd,jhd->qhgj", np.rint(x_QHGD / step_QHG1) * step_QHG1, k_JHD) * scale
         scores = soft_cap * np.tanh(scores / soft_cap) if soft_cap else scores
         at, key = np.arange(length - len(x_QHGD), length)[:, None], np.arange(length)[None, :]
         seen = (key <= at) & (key > at - (window or length + 1))
         scores = np.where(seen[:, None, None, :], scores, -np.inf)
         p = np.exp(scores - scores.max(axis=3, keepdims=True))
-        rows.append((np.einsum("qhgj,jhd->qhgd", bf16(p), v_JHD) / p.sum(axis=3, keepdims=True)).reshape(len(x_QHGD), -1))
+        rows.append((np.einsum("qhgj,jhd->qhgd", p, v_JHD) / p.sum(axis=3, keepdims=True)).reshape(len(x_QHGD), -1))
     return np.concatenate(rows)
 
 
@@ -157,7 +158,7 @@ def attention_case(dtype: str, name: str, *, lens: list[int], queries: list[int]
         with backend("reference"):
             return np.asarray(ops.attention(bf16(q), *args, **kwargs))
 
-    naives = {"float32": None, "bfloat16": naive, "int8": attention_with_rounded_weights}
+    naives = {"float32": None, "bfloat16": naive, "int8": attention_with_rounded_queries}
     return Case("attention", f"{dtype}-{name}", make, naives[dtype])
 
 

@@ -63,11 +63,14 @@ PG_INLINE f32x16 to_f32(i32x16 v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvte
 PG_INLINE i32x16 bits(f32x16 v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
 PG_INLINE f32x16 unbits(i32x16 v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
 PG_INLINE i32x16 iadd(i32x16 x, i32x16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+PG_INLINE i32x16 isub(i32x16 x, i32x16 y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 PG_INLINE i32x16 imax(i32x16 x, i32x16 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
-PG_INLINE i32x16 magnitude(f32x16 v) {
-    const __m256i all = _mm256_set1_epi32(0x7fffffff);
-    return {_mm256_and_si256(bits(v).a, all), _mm256_and_si256(bits(v).b, all)};
+PG_INLINE i32x16 masked(i32x16 v, int32_t mask) {
+    const __m256i all = _mm256_set1_epi32(mask);
+    return {_mm256_and_si256(v.a, all), _mm256_and_si256(v.b, all)};
 }
+PG_INLINE i32x16 magnitude(f32x16 v) { return masked(bits(v), 0x7fffffff); }
+PG_INLINE i32x16 exponent(f32x16 v) { return masked(bits(v), 0x7f800000); }
 template <int kBit>
 PG_INLINE f32x16 swap_lanes(f32x16 v) {
     if constexpr (kBit == 8) return {v.b, v.a};

@@ -10,8 +10,8 @@ constexpr int kTilePanels = 4;
 constexpr int kLonePanels = 4;   // panels of one row
 constexpr int kBlockRows = 6;    // the same of a block-quantised product
 constexpr int kBlockPanels = 2;
-constexpr int kStoredRows = 4;   // rows x 1 panel of one read where it is stored
-constexpr int kUnpackRows = 8;   // with more rows than these panels are unpacked first
+constexpr int kStoredRows = 8;   // rows x 1 panel of one read where it is stored
+constexpr int kUnpackRows = 48;   // with more rows than these panels are unpacked first
 constexpr int kI8Rows = 12;      // rows x panels of accumulators of a product with one scale an output
 constexpr int kI8Panels = 2;
 constexpr int kLoneI8Panels = 2;
@@ -61,6 +61,7 @@ PG_INLINE f32x16 to_f32(i32x16 v) { return _mm512_cvtepi32_ps(v); }
 PG_INLINE i32x16 bits(f32x16 v) { return _mm512_castps_si512(v); }
 PG_INLINE f32x16 unbits(i32x16 v) { return _mm512_castsi512_ps(v); }
 PG_INLINE i32x16 iadd(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
+PG_INLINE i32x16 isub(i32x16 a, i32x16 b) { return _mm512_sub_epi32(a, b); }
 template <int N>
 PG_INLINE i32x16 shift_left(i32x16 v) { return _mm512_slli_epi32(v, N); }
 
@@ -83,6 +84,7 @@ PG_INLINE i32x16 load_word(const char* p) {   // four bytes, the same for all la
     __builtin_memcpy(&word, p, 4);
     return iset1(word);
 }
+PG_INLINE i32x16 load_i8_words(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }   // 32 bytes as 16-bit words
 PG_INLINE f32x16 load_i8(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 // To the nearest integer, ties to even.
 PG_INLINE i32x16 round_i32(f32x16 v) { return _mm512_cvtps_epi32(v); }
@@ -90,6 +92,7 @@ PG_INLINE int32_t sum_lanes(i32x16 v) { return _mm512_reduce_add_epi32(v); }
 PG_INLINE i32x16 imax(i32x16 a, i32x16 b) { return _mm512_max_epi32(a, b); }
 PG_INLINE int32_t largest(i32x16 v) { return _mm512_reduce_max_epi32(v); }
 PG_INLINE i32x16 magnitude(f32x16 v) { return _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff)); }   // the bits of |x|
+PG_INLINE i32x16 exponent(f32x16 v) { return _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7f800000)); }   // the bits of 2^floor(log2 |x|)
 // Lane i becomes lane i ^ kBit.
 template <int kBit>
 PG_INLINE f32x16 swap_lanes(f32x16 v) {

@@ -74,8 +74,10 @@ PG_INLINE f32x16 to_f32(i32x16 a) { PG_EACH(f32x16, __builtin_convertvector(a.v[
 PG_INLINE i32x16 bits(f32x16 a) { PG_EACH(i32x16, (i32x4)a.v[k]); }
 PG_INLINE f32x16 unbits(i32x16 a) { PG_EACH(f32x16, (f32x4)a.v[k]); }
 PG_INLINE i32x16 iadd(i32x16 a, i32x16 b) { PG_EACH(i32x16, a.v[k] + b.v[k]); }
+PG_INLINE i32x16 isub(i32x16 a, i32x16 b) { PG_EACH(i32x16, a.v[k] - b.v[k]); }
 PG_INLINE i32x16 imax(i32x16 a, i32x16 b) { PG_EACH(i32x16, (i32x4)blend((i32x4)(a.v[k] > b.v[k]), (f32x4)a.v[k], (f32x4)b.v[k])); }
 PG_INLINE i32x16 magnitude(f32x16 a) { PG_EACH(i32x16, (i32x4)a.v[k] & 0x7fffffff); }
+PG_INLINE i32x16 exponent(f32x16 a) { PG_EACH(i32x16, (i32x4)a.v[k] & 0x7f800000); }
 template <int kBit>
 PG_INLINE f32x16 swap_lanes(f32x16 a) {
     float from[16], to[16];

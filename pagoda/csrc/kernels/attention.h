@@ -29,7 +29,7 @@ struct AttentionSizes {
     static int64_t state_floats(int64_t dim) { return round_up(dim, 16) + 32; }
     static int64_t thread_bytes(int64_t dim) {
         const int64_t rows = kRows * (round_up(4 * dim + 16, 64) + 2 * state_floats(dim) * 4 + 32);
-        return round_up(rows + 2 * kTileRows * kKeys * 4 + kKeys * round_up(dim, 16) * 2 + 2 * kKeys * 4, 64);
+        return round_up(rows + 2 * kTileRows * kKeys * 4 + kKeys * 4, 64);
     }
     // Rows of parts that other threads merge: as many as one sequence of the longest context has, or more on many threads.
     static int64_t shared_rows(const Call& c, int num_threads) {
@@ -170,8 +170,7 @@ struct Attention : AttentionSizes {
     float *now, *total; // [kRows] states: of this part, and of the parts before it
     float* s;           // [kTileRows][64] scores
     Weight* w;          // [kTileRows][kWeightRow] weights
-    uint16_t* unpacked; // [64][dim] values of the tile, in pairs of keys
-    float* scales;      // [4][2][16] of the tile's values, and their inverses
+    float* scales;      // [64] of the tile's values
     int64_t *from, *to; // [kRows] keys a row sees
     float *start, *limit, *none;   // [kRows] -m; the s above which m is raised; zeros
     const char* keys[kGroups];   // of the current tile
@@ -197,9 +196,8 @@ struct Attention : AttentionSizes {
         total = now + kRows * state_size;
         s = total + kRows * state_size;
         w = (Weight*)(s + kTileRows * kKeys);
-        unpacked = (uint16_t*)(w + kTileRows * kWeightRow);
-        scales = (float*)(unpacked + kKeys * wide);
-        from = (int64_t*)(scales + 2 * kKeys);
+        scales = (float*)(w + kTileRows * kWeightRow);
+        from = (int64_t*)(scales + kKeys);
         to = from + kRows;
         start = (float*)(to + kRows);
         limit = start + kRows;
@@ -345,7 +343,7 @@ struct Attention : AttentionSizes {
                 if (at.tiles == 1)   // one page after the other: read side by side they would make the hardware fetch what nobody wants
                     for (int g = first; g < last; ++g)
                         for (int64_t b = 0; b < cache.group_bytes; b += 64) __builtin_prefetch(keys[g] + b, 0, 3);
-                if constexpr (Kind::kHasScales) unpack(first, last);
+                if constexpr (Kind::kIsInteger) take_scales(first, last);
                 tile(h * per_head, (h + 1) * per_head, base, begin, stop);
             }
         }
@@ -421,26 +419,14 @@ struct Attention : AttentionSizes {
         }
     }
 
-    // Bytes are what bfloat16 holds exactly, unless they are multiplied as they are; their scales wait for the weights.
-    void unpack(int first, int last) {
+    // The scales of the tile's values.
+    void take_scales(int first, int last) {
         for (int g = first; g < last; ++g) {
-            const int8_t* from = (const int8_t*)values[g];
-            if constexpr (!Kind::kIsInteger) {
-                uint16_t* to = unpacked + g * 16 * dim;
-                for (int64_t d = 0; d < 16 * dim; d += 64) {
-                    if (fetch) __builtin_prefetch(next_values[g] + d, 0, 2);
-#pragma GCC unroll 4
-                    for (int k = 0; k < 64; k += 32) store_bytes(to + d + k, pack_bf16(load_i8(from + d + k), load_i8(from + d + k + 16)));
-                }
-                values[g] = (const Element*)to;
-            }
             if (fetch) {
                 __builtin_prefetch(next_keys[g] + 16 * dim, 0, 2);
                 __builtin_prefetch(next_values[g] + 16 * dim, 0, 2);
             }
-            const f32x16 scale = load((const float*)(from + 16 * dim));
-            store(scales + 32 * g, scale);
-            store(scales + 32 * g + 16, div(set1(1.0f), scale));
+            store(scales + 16 * g, load((const float*)(values[g] + 16 * dim)));
         }
     }
 
@@ -452,7 +438,7 @@ struct Attention : AttentionSizes {
         for (int a = row; a < rows; a += kTileRows) {
             soften_block(a, rows - a < kTileRows ? rows - a : kTileRows, base, first, last);
             if (a + kTileRows < rows) scores_of<kTileRows>(a + kTileRows, rows, first, last, false);
-            weigh_of<kTileRows>(a, rows, begin, stop, a == row && fetch && !(Kind::kHasScales && !Kind::kIsInteger));
+            weigh_of<kTileRows>(a, rows, begin, stop, a == row && fetch);
         }
     }
 
@@ -606,13 +592,18 @@ struct Attention : AttentionSizes {
                 for (int p = 0; p < kC; ++p) sums[b][p] = dot_i16(sums[b][p], column[p], pair);
             }
         }
+        alignas(64) char done[64 * kR * kC];
 #pragma GCC unroll 8
         for (int b = 0; b < kR; ++b)
 #pragma GCC unroll 4
-            for (int p = 0; p < kC; ++p) {
-                float* o = now + (a + b) * state_size + d + 16 * p;
-                store(o, fma(to_f32(sums[b][p]), set1(Kind::step_of(w + b * kWeightRow)), load(o)));
-            }
+            for (int p = 0; p < kC; ++p) store_bytes(done + 64 * (kC * b + p), sums[b][p]);
+        add_sums(done, kR, kC, w, now + a * state_size + d, state_size);
+    }
+
+    // o += step * sums. Not inlined: GCC 12 would keep the sums of the loop before on the stack.
+    static __attribute__((noinline)) void add_sums(const char* sums, int rows, int columns, const Weight* w, float* o, int64_t state_size) {
+        for (int b = 0; b < rows; ++b, o += state_size, w += kWeightRow)
+            for (int p = 0; p < columns; ++p, sums += 64) store(o + 16 * p, fma(to_f32(load_bytes(sums)), set1(Kind::step_of_weights(w)), load(o + 16 * p)));
     }
 
     template <int kR, int kC, bool kFetch>

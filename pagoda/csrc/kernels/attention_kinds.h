@@ -51,7 +51,7 @@ struct F32Cache {
     using Weight = float;
     static constexpr int kPair = 1, kScoreRows = kTileRows;
     static constexpr float kUnit = 1.0f;
-    static constexpr bool kHasScales = false, kIsInteger = false;
+    static constexpr bool kIsInteger = false;
 
     static int64_t query_bytes(int64_t dim) { return 4 * dim; }
     static void load_query(const float* x, float scale, int64_t dim, char* q) {
@@ -86,7 +86,7 @@ struct Bf16Cache {
     using Weight = Factor;
     static constexpr int kPair = 2, kScoreRows = kTileRows;
     static constexpr float kUnit = 1.44269504088896341f;
-    static constexpr bool kHasScales = false, kIsInteger = false;
+    static constexpr bool kIsInteger = false;
 
     static int64_t query_bytes(int64_t dim) { return dim * int64_t(sizeof(Factor)); }
     static void load_query(const float* x, float scale, int64_t dim, char* q) {

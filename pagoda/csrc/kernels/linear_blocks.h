@@ -73,7 +73,7 @@ PG_INLINE void block_group(const char* w, int64_t stride, int64_t b, const char*
 #pragma GCC unroll 8
     for (int a = 0; a < kRows; ++a)
 #pragma GCC unroll 8
-        for (int p = 0; p < kPanels; ++p) dots[a][p].begin(((const Block*)(x + a * row_bytes))->start[kGroup]);
+        for (int p = 0; p < kPanels; ++p) dots[a][p].begin(Panel::kHasMin ? 0 : ((const Block*)(x + a * row_bytes))->start[kGroup]);   // a minimum, no offset
     block_dots<Panel, kGroup * kSteps, kSteps, 0>(w, stride, b, x, row_bytes, dots);
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
@@ -81,7 +81,7 @@ PG_INLINE void block_group(const char* w, int64_t stride, int64_t b, const char*
 #pragma GCC unroll 8
         for (int a = 0; a < kRows; ++a) {
             const Block& block = *(const Block*)(x + a * row_bytes);
-            const i32x16 sum = dots[a][p].template end<kSteps, !Panel::kHasMin>(block.start[kGroup]);   // with a minimum there is no offset
+            const i32x16 sum = dots[a][p].template end<kSteps, !Panel::kHasMin>(block.start[kGroup]);
             acc[a][p] = fma(to_f32(sum), mul(d, set1(block.d)), acc[a][p]);
         }
     }
@@ -92,6 +92,7 @@ static void block_tile(const char* x, int64_t row_bytes, const char* w, int64_t 
                        const Finish& finish) {
     using Block = QuantBlock<typename Panel::Act>;
     Fetch ahead = next;
+    finish.expect<kRows, kPanels>(r, n);
     f32x16 acc[kRows][kPanels];
 #pragma GCC unroll 8
     for (int a = 0; a < kRows; ++a)
@@ -146,7 +147,7 @@ static void stored_panels(const char* x, const pg_tensor& weight, int64_t rows, 
     const char* w = static_cast<const char*>(weight.data);
     for (int64_t p = begin; p < end; ++p) {
         const int64_t ahead = p + 1 < end ? p + 1 : after;
-        Fetch next = fetch(w + ahead * bytes, ahead >= 0 ? bytes : 0, k / 32, rows <= kStoredRows);
+        Fetch next = fetch(w + ahead * bytes, ahead >= 0 ? bytes : 0, k / 32 * ((rows + kStoredRows - 1) / kStoredRows), rows <= kStoredRows);
         block_rows<Stored<Format, Act>, 1, kStoredRows>(x, quant_row_bytes<Act>(k), w + p * bytes, bytes, k / 32, 0, rows, p * 16, next, finish);
     }
 }

@@ -34,6 +34,7 @@ template <class Panels, int kRows, int kPanels>
 static void float_tile(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
                        int64_t steps, int64_t r, int64_t n, Fetch& next, const Finish& finish) {
     Fetch ahead = next;
+    finish.expect<kRows, kPanels>(r, n);
     f32x16 acc[kRows][kPanels];
 #pragma GCC unroll 12
     for (int a = 0; a < kRows; ++a)

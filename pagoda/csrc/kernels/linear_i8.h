@@ -173,6 +173,7 @@ static __attribute__((noinline)) void i8_finish(const char* sums, int rows, int 
 template <int kRows, int kPanels>
 static void i8_tile(const char* x, int64_t row_bytes, const char* w, int64_t k, int64_t r, int64_t n, Fetch& next, const Finish& finish) {
     Fetch ahead = next;
+    finish.expect<kRows, kPanels>(r, n);
     const int64_t panel_bytes = i8_panel_bytes(k);
     Int8Row::Sum acc[kRows][kPanels];
     i8_start<0>(x, row_bytes, acc);
@@ -226,6 +227,8 @@ struct I8Rows {
 };
 
 static void i8_product(const Call& c, const char* x, const Finish& finish, int tid, int num_threads) {
+    constexpr int kFewPanels = kI8Panels > 1 ? 3 : kI8Panels, kFewRows = kI8Panels > 1 ? 8 : kI8Rows;   // even shares of narrow weights
     if (c.rows == 1) multiply_panels(c, I8Rows<kLoneI8Panels, 1>(c, x, finish), tid, num_threads);
+    else if (c.rows <= 4 * kFewRows) multiply_panels(c, I8Rows<kFewPanels, kFewRows>(c, x, finish), tid, num_threads);
     else multiply_panels(c, I8Rows<kI8Panels, kI8Rows>(c, x, finish), tid, num_threads);
 }

@@ -4,6 +4,14 @@
 // The bits of the largest |x| of both; not below 0x7f800000 when there is an infinity or a NaN.
 PG_INLINE int32_t largest_magnitude(f32x16 a, f32x16 b) { return largest(imax(magnitude(a), magnitude(b))); }
 
+// The largest of all lanes, in each of them.
+PG_INLINE i32x16 largest_everywhere(i32x16 v) {
+    v = imax(v, bits(swap_lanes<8>(unbits(v))));
+    v = imax(v, bits(swap_lanes<4>(unbits(v))));
+    v = imax(v, bits(swap_lanes<2>(unbits(v))));
+    return imax(v, bits(swap_lanes<1>(unbits(v))));
+}
+
 // exp(x) to about 1 ulp; 0 below -87.3 (and for -inf), finite and huge above 88. NaN gives NaN or a finite number.
 PG_INLINE f32x16 vexp(f32x16 x) {
     const f32x16 magic = set1(12582912.0f);   // 1.5 * 2^23: adding it leaves the nearest integer in the low bits

@@ -26,6 +26,17 @@ struct Finish {
     const pg_tensor *bias, *residual, *out;
     int64_t num_outputs, gated;   // rows of the weight; 0, or 1 + which activation
     PG_MEMBER bool is_plain() const { return !gated && !bias->data && !residual->data; }
+    // Asks for what a tile will write, before it is computed: its stores would wait for memory one after the other.
+    template <int kRows, int kPanels>
+    PG_MEMBER void expect(int64_t r, int64_t n) const {
+        if (gated && n >= out->cols) n -= out->cols;
+        const bool adds = residual->data && residual->data != out->data;
+        for (int64_t a = r; a < r + kRows; ++a)
+            for (int64_t at = n; at < n + 16 * kPanels; at += 16) {
+                __builtin_prefetch(row<float>(*out, a) + at, 1, 3);
+                if (adds) __builtin_prefetch(row<float>(*residual, a) + at, 0, 3);
+            }
+    }
     PG_MEMBER void operator()(f32x16 acc, int64_t r, int64_t n) const {
         if (gated) return gate(acc, r, n);
         int64_t count = out->cols - n < 16 ? out->cols - n : 16;
