@@ -227,8 +227,10 @@ struct I8Rows {
 };
 
 static void i8_product(const Call& c, const char* x, const Finish& finish, int tid, int num_threads) {
-    constexpr int kFewPanels = kI8Panels > 1 ? 3 : kI8Panels, kFewRows = kI8Panels > 1 ? 8 : kI8Rows;   // even shares of narrow weights
+    // More panels are written in longer runs, and few rows come out more even, but they want to stay in the first cache.
+    constexpr int kWidePanels = kI8Panels > 1 ? 3 : kI8Panels, kWideRows = kI8Panels > 1 ? 8 : kI8Rows;
+    const bool is_wide = c.rows <= 4 * kWideRows || kWidePanels * i8_panel_bytes(c.t[1].cols) <= 32 << 10;
     if (c.rows == 1) multiply_panels(c, I8Rows<kLoneI8Panels, 1>(c, x, finish), tid, num_threads);
-    else if (c.rows <= 4 * kFewRows) multiply_panels(c, I8Rows<kFewPanels, kFewRows>(c, x, finish), tid, num_threads);
+    else if (is_wide) multiply_panels(c, I8Rows<kWidePanels, kWideRows>(c, x, finish), tid, num_threads);
     else multiply_panels(c, I8Rows<kI8Panels, kI8Rows>(c, x, finish), tid, num_threads);
 }
