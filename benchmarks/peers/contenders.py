@@ -65,7 +65,8 @@ class Contender:
             }
         if self.peer == "transformers":
             changed |= {"OMP_NUM_THREADS": str(num_threads)}
-        return {**os.environ, **changed}
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # an installed package has its bytecode
+        return {**inherited, **changed}
 
 
 def _text(value: Any) -> str:

@@ -16,7 +16,7 @@ from pagoda.kernels.record import Program, Recorder
 from pagoda.kernels.table import CannotRecord
 from pagoda.kernels.weight import Weight
 
-from .cases import normal, rope_table, weight
+from .cases import FORMATS, normal, rope_table, weight
 
 HEADS, KV_HEADS, DIM, WIDTH, FF, VOCAB, LAYERS = 6, 2, 16, 96, 160, 77, 3
 MAX_ROWS = {"T": 40, "S": 6, "R": 8}
@@ -204,6 +204,17 @@ def test_bad_operands_are_refused_when_recorded() -> None:
         x[1]
     with pytest.raises(CannotRecord):
         np.exp(np.asarray(x))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_products_of_no_rows(isa: str, format: str) -> None:
+    """A step that samples nothing has a language head without rows."""
+    w = weight(np.random.default_rng(0), format, 64, 256)
+    recorder = Recorder(max_rows={"R": 64})
+    program = recorder.finish(outputs=[ops.linear(recorder.input(np.ones((64, 256), np.float32), rows="R"), w)])
+    for rows in (0, 64, 1, 0):
+        program.run(R=rows)
+        assert program.output(0).shape == (rows, 64)
 
 
 def test_an_op_without_recording_is_a_typed_error() -> None:

@@ -18,7 +18,7 @@ struct Fetch {
         left -= 64 * lines;
     }
 };
-PG_INLINE Fetch fetch(const char* at, int64_t bytes, int64_t steps, bool once) { return {at, bytes, bytes / 64 / steps + 1, once}; }
+PG_INLINE Fetch fetch(const char* at, int64_t bytes, int64_t steps, bool once) { return {at, bytes, steps > 0 ? bytes / 64 / steps + 1 : 0, once}; }
 
 // What happens to a finished accumulator: bias, residual, store. Of a gated product the first half of the outputs, the gate, is
 // stored first and waits for the other half: y = activation(gate) * other.
