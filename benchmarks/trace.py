@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="decode steps to trace")
     parser.add_argument("--out", type=Path, default=Path("trace.json"))
     args = parser.parse_args()
-    engine = build_engine(config_from_kwargs(args.model, kv_cache_memory_bytes=1 << 30))
+    # one step after the other: a program notes one run at a time
+    engine = build_engine(config_from_kwargs(args.model, kv_cache_memory_bytes=1 << 30, async_scheduling=False))
     rng = np.random.default_rng(0)
     for i in range(args.streams):
         ids = rng.integers(3, min(engine.facts.vocab_size, 40000), args.prompt).tolist()

@@ -96,7 +96,7 @@ class DeviceConfig:
     device: Literal["auto", "cpu", "cuda", "null"] = field("auto", "auto takes a GPU if there is a usable one; null is the GPU's path in Triton's interpreter, for tests")
     num_threads: int | None = field(None, "kernel threads on a CPU (default: cores given by affinity and cgroup quota)")
     enforce_eager: bool = field(False, "run op by op instead of as one recorded program or graph")
-    async_scheduling: bool = field(True, "on a GPU, plan and start a step while the one before it runs")
+    async_scheduling: bool = field(True, "plan and start a step while the one before it runs")
     graph_capture_seconds: float = field(20.0, "on a GPU, seconds at start for capturing graphs of decoding; batch sizes that are not reached take the next larger", metavar="SECONDS")
     batch_invariant: bool = field(False, "on a GPU, compute every row with the same tiles whatever its neighbours are (a CPU always does)")
     attention_backend: Literal["auto", "triton", "sdpa"] = field("auto", "on a GPU, what computes attention; auto takes the first that can")

@@ -16,6 +16,7 @@ from pagoda.base.errors import InvalidRequest
 
 __all__ = [
     "CompletionOutput",
+    "DrawsAhead",
     "EngineOutput",
     "FinishReason",
     "GenerateRequest",
@@ -191,6 +192,18 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             and all(len(word) == 1 for word in self.bad_words_token_ids or ())
         )
 
+    @property
+    def is_drawn_by_forward(self) -> bool:
+        """The draw at the end of a CPU's forward makes the token: its logits are neither changed nor reported (`worker/runner.py`)."""
+        return (
+            self.is_drawn_on_device
+            and self.logprobs is None
+            and self.min_tokens == 0
+            and self.allowed_token_ids is None
+            and not (self.bad_words_token_ids or self.logit_bias or self.presence_penalty or self.frequency_penalty)
+            and self.repetition_penalty == 1.0
+        )
+
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
@@ -284,6 +297,10 @@ _ON_HOST = (
     "mirostat_mode", "thinking_token_budget",
 )  # fmt: skip
 _OFF_VALUES = tuple((name, getattr(SamplingParams(), name)) for name in _ON_HOST)
+
+
+DrawsAhead = Literal["is_drawn_by_forward", "is_drawn_on_device"]
+"""The property of sampling parameters that tells whose tokens a worker draws by itself."""
 
 
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -78,7 +78,7 @@ constexpr int kNumOps = int(sizeof kOpTensors / sizeof kOpTensors[0]);
 
 }  // namespace
 
-int pg_abi(void) { return 2; }
+int pg_abi(void) { return 3; }
 const char* pg_last_error(void) { return last_error.c_str(); }
 
 int pg_isa_count(void) { return kNumIsas; }
@@ -182,21 +182,98 @@ pg_program* pg_program_create(pg_handle* handle, const pg_instruction* code, int
     }
 }
 
-int pg_program_run(pg_program* program, int64_t T, int64_t S, int64_t R) {
-    const int64_t rows_of[4] = {0, T, S, R};
+namespace {
+
+// Empty, or what is wrong with the number of rows asked for.
+std::string check_rows(const pg_program* program, const int64_t rows_of[4]) {
     for (int k = PG_T; k <= PG_R; ++k)
         if (rows_of[k] < 0 || (program->most[k] && rows_of[k] > program->most[k]))
-            return fail("rows " + std::to_string(rows_of[k]) + " of symbol " + "?TSR"[k] + " are outside 0.." + std::to_string(program->most[k]));
+            return "rows " + std::to_string(rows_of[k]) + " of symbol " + "?TSR"[k] + " are outside 0.." + std::to_string(program->most[k]);
+    return {};
+}
+
+// The run that `held` describes, from its inputs to what it drew.
+void run_now(pg_program* program, pg::Feed::Held& held, const pg::Lane::Begun* begun_to_work = nullptr) {
     try {
         std::lock_guard<std::mutex> lock(program->handle->busy);
+        auto begun = std::chrono::steady_clock::now();
         program->progress.marks.store(0);
-        std::string wrong = load(program);
-        if (wrong.empty()) wrong = program->sequence.run(*program->handle->pool, program->ops, rows_of, &program->progress);
-        return wrong.empty() ? 0 : fail(wrong);
+        held.wrong = load(program);
+        if (held.wrong.empty()) {
+            program->feed.begin(held);
+            held.wrong = program->sequence.run(*program->handle->pool, program->ops, held.rows, &program->progress, begun_to_work);
+            program->feed.end(held);
+        }
+        held.nanoseconds = std::chrono::nanoseconds(std::chrono::steady_clock::now() - begun).count();
+        program->nanoseconds.fetch_add(held.nanoseconds);
+    } catch (const std::exception& e) {
+        held.wrong = e.what();
+    }
+}
+
+// Takes a place for a run and copies its inputs. Null, with the error told, if that cannot be.
+pg::Feed::Held* hold(pg_program* program, const int64_t rows_of[4]) {
+    std::string wrong = check_rows(program, rows_of);
+    if (wrong.empty() && program->num_started - program->num_joined == kMaxStarted) wrong = "two runs are under way; join one first";
+    if (!wrong.empty()) {
+        fail(wrong);
+        return nullptr;
+    }
+    pg::Feed::Held& held = program->held[program->num_started % kMaxStarted];
+    program->feed.hold(held, rows_of);
+    held.ticket = 0;
+    ++program->num_started;
+    return &held;
+}
+
+}  // namespace
+
+void pg_program_feed(pg_program* program, void* live, const void* staged, int64_t row_bytes, int32_t symbol, int64_t more) {
+    program->feed.add(live, staged, row_bytes, symbol, more);
+}
+
+void pg_program_follow(pg_program* program, int32_t* tokens, const int32_t* source, const int32_t* drawn) {
+    program->feed.follow(tokens, source, drawn);
+}
+
+int pg_program_run(pg_program* program, int64_t T, int64_t S, int64_t R) {
+    const int64_t rows_of[4] = {0, T, S, R};
+    if (program->num_started != program->num_joined) return fail("a run is under way; join it first");
+    try {
+        pg::Feed::Held* held = hold(program, rows_of);
+        if (!held) return 1;
+        run_now(program, *held);
+        return pg_program_join(program, nullptr, nullptr);
     } catch (const std::exception& e) {
         return fail(e.what());
     }
 }
+
+int pg_program_start(pg_program* program, int64_t T, int64_t S, int64_t R) {
+    const int64_t rows_of[4] = {0, T, S, R};
+    try {
+        if (!program->handle->lane) program->handle->lane = std::make_unique<pg::Lane>();
+        pg::Feed::Held* held = hold(program, rows_of);
+        if (!held) return 1;
+        held->ticket = program->handle->lane->push([program, held](const pg::Lane::Begun& begun) { run_now(program, *held, &begun); });
+        return 0;
+    } catch (const std::exception& e) {
+        return fail(e.what());
+    }
+}
+
+int pg_program_join(pg_program* program, int32_t* drawn, int64_t* nanoseconds) {
+    if (program->num_started == program->num_joined) return fail("no run is under way");
+    pg::Feed::Held& held = program->held[program->num_joined % kMaxStarted];
+    if (held.ticket) program->handle->lane->wait(held.ticket);
+    ++program->num_joined;
+    if (nanoseconds) *nanoseconds = held.nanoseconds;
+    if (!held.wrong.empty()) return fail(held.wrong);
+    if (drawn && !held.drawn.empty()) memcpy(drawn, held.drawn.data(), held.drawn.size() * sizeof(int32_t));
+    return 0;
+}
+
+int64_t pg_program_nanoseconds(pg_program* program) { return program->nanoseconds.load(); }
 
 void pg_program_trace(pg_program* program, int on) { program->sequence.trace(on != 0); }
 
@@ -215,4 +292,7 @@ int64_t pg_program_wait(pg_program* program, int64_t mark, int64_t timeout_us) {
     return passed;
 }
 
-void pg_program_free(pg_program* program) { delete program; }
+void pg_program_free(pg_program* program) {
+    if (program->num_started != program->num_joined) program->handle->lane->wait_for_all();
+    delete program;
+}

@@ -85,7 +85,18 @@ PG_EXPORT int pg_run_op(pg_handle* handle, const pg_instruction* instruction);
 
 // A recorded program keeps copies of the instructions, not of the memory they point to. A row of T, S or R may be zero.
 PG_EXPORT pg_program* pg_program_create(pg_handle* handle, const pg_instruction* code, int64_t num_instructions);
+// Runs it. Inputs that were declared are copied from where they are staged to where the instructions read them, first.
 PG_EXPORT int pg_program_run(pg_program* program, int64_t T, int64_t S, int64_t R);
+// An input: `rows of symbol + more` rows of `row_bytes`. To be declared before the first run.
+PG_EXPORT void pg_program_feed(pg_program* program, void* live, const void* staged, int64_t row_bytes, int32_t symbol, int64_t more);
+// Before each run tokens[i] becomes drawn[source[i]] (0 if that is negative) wherever source[i] >= 0: rows of what the run before drew. All live.
+PG_EXPORT void pg_program_follow(pg_program* program, int32_t* tokens, const int32_t* source, const int32_t* drawn);
+// The same in two halves, so that the next run can be prepared and started while one is under way; at most two are. What is staged
+// may be changed as soon as start returns. join waits for the oldest, and copies what it drew (R rows) and how long it took.
+PG_EXPORT int pg_program_start(pg_program* program, int64_t T, int64_t S, int64_t R);
+PG_EXPORT int pg_program_join(pg_program* program, int32_t* drawn, int64_t* nanoseconds);
+// What all runs so far took.
+PG_EXPORT int64_t pg_program_nanoseconds(pg_program* program);
 // Marks passed in the current or latest run; wait returns it once it is >= mark, or after the time is over.
 PG_EXPORT int64_t pg_program_progress(pg_program* program);
 PG_EXPORT int64_t pg_program_wait(pg_program* program, int64_t mark, int64_t timeout_us);

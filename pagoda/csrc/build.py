@@ -49,7 +49,7 @@ def find_compiler() -> str | None:
 
 def sources() -> dict[Path, list[str]]:
     """Each translation unit of this machine's architecture with its own flags."""
-    units = {HERE / name: [] for name in ("api.cpp", "program.cpp", "threads.cpp", "isa/isa_portable.cpp")}
+    units = {HERE / name: [] for name in ("api.cpp", "lane.cpp", "program.cpp", "threads.cpp", "isa/isa_portable.cpp")}
     if platform.machine().lower() in ("x86_64", "amd64"):
         units |= {HERE / "isa" / name: flags for name, flags in X86.items()}
     return units

@@ -59,7 +59,7 @@ std::string Sequence::load(const pg_instruction* code, int64_t count, const Op* 
     return {};
 }
 
-std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress) {
+std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress, const std::function<void()>* opened) {
     for (size_t k = 0; k < code_.size() * kMaxPhases; ++k) tickets_[k].store(0, std::memory_order_relaxed);
     fault_.store(nullptr);
     progress_ = progress;
@@ -70,7 +70,7 @@ std::string Sequence::run(Pool& pool, const Op* ops, const int64_t rows_of[4], P
         began_.reset(new std::atomic<int64_t>[num_began_]);
         for (size_t k = 0; k < num_began_; ++k) began_[k].store(0, std::memory_order_relaxed);
     }
-    pool.run(&Sequence::job, this, int(stage_end_.size()));
+    pool.run(&Sequence::job, this, int(stage_end_.size()), opened);
     if (tracing_) began_[num_began_ - 1].store(now_ns());
     const char* fault = fault_.load();
     return fault ? fault : std::string();

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "call.h"
+#include "feed.h"
+#include "lane.h"
 #include "threads.h"
 
 namespace pg {
@@ -31,7 +33,7 @@ class Sequence {
     // Returns an empty string, or what is wrong with which instruction.
     std::string load(const pg_instruction* code, int64_t count, const Op* ops, int num_threads);
     // Runs with the given rows on the pool. Returns an empty string or the first fault.
-    std::string run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress);
+    std::string run(Pool& pool, const Op* ops, const int64_t rows_of[4], Progress* progress, const std::function<void()>* opened = nullptr);
 
     void trace(bool on) { tracing_ = on; }
     int64_t times(int64_t* nanoseconds, int32_t* instructions, int64_t most) const;
@@ -73,7 +75,10 @@ struct pg_handle {
     const char* isa = nullptr;
     std::mutex busy;
     pg::Sequence single;   // op by op
+    std::unique_ptr<pg::Lane> lane;   // of runs that are started and joined; there from the first one on, last: its jobs use the above
 };
+
+constexpr int kMaxStarted = 2;
 
 struct pg_program {
     pg_handle* handle;
@@ -81,6 +86,10 @@ struct pg_program {
     pg::Sequence sequence;
     pg::Progress progress;
     int64_t most[4] = {0, 0, 0, 0};         // of each symbol; 0: not used
+    pg::Feed feed;
+    pg::Feed::Held held[kMaxStarted];       // run k is in held[k % kMaxStarted]
+    int64_t num_started = 0, num_joined = 0;
+    std::atomic<int64_t> nanoseconds{0};    // of all runs so far
     // What the sequence was loaded for: its scratch memory depends on both.
     const pg::Op* ops = nullptr;
     int num_threads = 0;

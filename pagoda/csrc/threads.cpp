@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include "relax.h"
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
@@ -9,16 +11,6 @@ namespace pg {
 namespace {
 
 constexpr int kStageSpins = 2000;
-constexpr int kIdleSpins = 4000;
-constexpr int kIdleYields = 2000;
-
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 void pin([[maybe_unused]] int cpu) {
 #if defined(__linux__)
@@ -65,26 +57,27 @@ void Pool::work(int tid) {
     }
 }
 
-void Pool::run(Job job, void* context, int num_stages) {
-    if (num_threads_ == 1) {
+void Pool::run(Job job, void* context, int num_stages, const std::function<void()>* opened) {
+    if (num_threads_ == 1 || num_stages == 0) {
+        if (opened) (*opened)();
         for (int stage = 0; stage < num_stages; ++stage) job(context, stage, 0, 1);
         return;
     }
     job_ = job;
     context_ = context;
     num_stages_ = uint32_t(num_stages);
-    if (num_stages == 0) return;
-    state_.store(pack({0, 1, false}), std::memory_order_release);
+    state_.store(pack({0, 0, false}), std::memory_order_release);
     announce();
-    uint32_t stage = 0;
+    if (opened) (*opened)();
     for (;;) {
-        job(context, int(stage), 0, num_threads_);
-        leave();
+        uint32_t stage;
         uint64_t seen;
         while (!enter(&stage, &seen)) {
             if (unpack(seen).stage == num_stages_) return;
             wait_for_change(seen, kStageSpins, 0);
         }
+        job(context, int(stage), 0, num_threads_);
+        leave();
     }
 }
 
@@ -116,18 +109,11 @@ void Pool::leave() {
 }
 
 void Pool::wait_for_change(uint64_t seen, int spins, int yields) {
-    for (int i = 0; i < spins; ++i) {
-        if (state_.load(std::memory_order_acquire) != seen) return;
-        relax();
-    }
-    for (int i = 0; i < yields; ++i) {   // others may have the core meanwhile
-        if (state_.load(std::memory_order_acquire) != seen) return;
-        std::this_thread::yield();
-        for (int k = 0; k < 8; ++k) relax();
-    }
+    if (await_change([&] { return state_.load(std::memory_order_acquire) != seen; }, spins, yields)) return;
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     uint32_t changes = changes_.load(std::memory_order_seq_cst);
-    if (state_.load(std::memory_order_seq_cst) == seen) changes_.wait(changes, std::memory_order_seq_cst);
+    // whoever closes the pool says so before it announces: a thread that missed it must not sleep on the state it is closed with
+    if (state_.load(std::memory_order_seq_cst) == seen && !closing_.load(std::memory_order_seq_cst)) changes_.wait(changes, std::memory_order_seq_cst);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 

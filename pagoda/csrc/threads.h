@@ -7,7 +7,7 @@
 //
 //     state:  stage | closed | threads inside
 //
-//     run()    stage 0, open, the caller inside
+//     run()    stage 0, open, nobody inside
 //     enter()  open                 -> one more inside
 //     leave()  somebody inside      -> one less, closed; the last one out opens the next stage
 //
@@ -16,6 +16,7 @@
 // waking a sleeper costs the waker 20 to 50 us.
 #pragma once
 #include <atomic>
+#include <functional>
 #include <stdint.h>
 #include <thread>
 #include <vector>
@@ -32,8 +33,9 @@ class Pool {
     Pool(const Pool&) = delete;
 
     int size() const { return num_threads_; }
-    // All stages, one after another; the caller is thread 0. Returns when the last one is over.
-    void run(Job job, void* context, int num_stages);
+    // All stages, one after another; the caller is thread 0. Returns when the last one is over. `opened` is called, if given, when the
+    // others can work and before the caller does: it may lose its core there without holding anybody up.
+    void run(Job job, void* context, int num_stages, const std::function<void()>* opened = nullptr);
 
    private:
     struct State {

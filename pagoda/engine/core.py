@@ -3,7 +3,7 @@
     add -> [launch: scheduler plans, executor.forward] -> [settle: executor.sample, tokens appended, stops checked] -> outputs
 
 `step()` is both halves. They are apart so that steps can overlap: with `pipeline_depth` d, d steps are in flight, and what is
-given back while they are stays fenced until they have settled. A request whose tokens are drawn on the device is planned
+given back while they are stays fenced until they have settled. A request whose tokens the worker draws by itself is planned
 ahead of them; where one of them turns out to end it, the step it was planned for is discarded row by row (`is_stale`).
 
 Every sample ends with exactly one output that carries a finish reason: stop, length, abort or error.
@@ -19,7 +19,7 @@ from pagoda.base.config import EngineConfig
 from pagoda.base.errors import InvalidRequest, QueueFull, RequestError
 from pagoda.base.log import get_logger
 from pagoda.base.plan import NOT_FINITE, Executor, StepRow
-from pagoda.base.types import EngineOutput, FinishReason, GenerateRequest, ModelFacts
+from pagoda.base.types import DrawsAhead, EngineOutput, FinishReason, GenerateRequest, ModelFacts
 from pagoda.engine.admission import Admission
 from pagoda.engine.grammars import Compiler, Grammars, jump_forward
 from pagoda.engine.kv_manager import KvManager
@@ -64,30 +64,29 @@ class EngineCore:
         max_logits_rows: int,
         clock: Clock = monotonic,
         pipeline_depth: int = 1,
-        plans_ahead: bool = True,
+        draws_ahead: DrawsAhead | None = "is_drawn_on_device",
+        overlaps_late: bool = True,
         compiler: Compiler | None = None,
         jumps_forward: bool = True,
     ) -> None:
-        """Without `compiler` requests that have a grammar are refused. `plans_ahead` False: no token is planned before it is known,
-        because the worker draws all of them late. `jumps_forward` appends forced tokens without sampling them."""
+        """Without `compiler` requests that have a grammar are refused. `draws_ahead` tells whose tokens are planned before they are
+        known, because the worker draws them by itself. `overlaps_late` False: a step that draws others is settled before the next one is
+        launched. `jumps_forward` appends forced tokens without sampling them."""
         assert isinstance(config.model.max_model_len, int) and config.cache.block_size, "the config is not resolved"
         self.config, self.facts = config, facts
         self.failure: Exception | None = None  # what the executor last raised; the caller decides what it means
         self._executor, self._clock, self._pipeline_depth = executor, clock, pipeline_depth
         self._kv = KvManager(
-            num_blocks,
-            config.cache.block_size,
-            facts.kv_groups,
-            enable_prefix_caching=config.cache.enable_prefix_caching,
-            watermark=config.scheduler.watermark,
+            num_blocks, config.cache.block_size, facts.kv_groups,
+            enable_prefix_caching=config.cache.enable_prefix_caching, watermark=config.scheduler.watermark,
             max_tokens_per_step=int(config.scheduler.max_num_batched_tokens or 0) * pipeline_depth,
-        )
+        )  # fmt: skip
         self._scheduler = Scheduler(config.scheduler, config.model.max_model_len, max_logits_rows, self._kv, facts.even_position)
         self._admission = Admission(config, facts, self._kv, max_logits_rows)
         self._recorder = StatsRecorder(config.model.max_model_len, num_blocks - 1)
         self._grammars = None if compiler is None else Grammars(compiler, clock)
         self._jumps_forward = jumps_forward
-        self._plans_ahead = plans_ahead and pipeline_depth > 1
+        self._draws_ahead, self._overlaps_late = draws_ahead if pipeline_depth > 1 else None, overlaps_late
         self._families: dict[str, _Family] = {}
         self._in_flight: deque[Step] = deque()
         self._outputs: list[EngineOutput] = []  # terminal outputs that no step produced
@@ -107,7 +106,7 @@ class EngineCore:
         self._recorder.on_arrival(request.params.n, request.params.max_tokens)
         for sample in samples:
             sample.metrics.queued_time = now
-            sample.runs_ahead = self._plans_ahead and request.grammar is None and sample.params.is_drawn_on_device
+            sample.runs_ahead = bool(self._draws_ahead and request.grammar is None and getattr(sample.params, self._draws_ahead))
             if request.grammar is None:
                 self._scheduler.enqueue(sample)
             else:
@@ -168,7 +167,7 @@ class EngineCore:
         """Launches until the pipeline is full and settles the oldest step. Returns [] when there is nothing to do."""
         if self._grammars is not None:
             self._take_compiled(self._grammars)
-        while len(self._in_flight) < self._pipeline_depth and self.launch():
+        while self._may_launch() and self.launch():
             pass
         assert self._in_flight or self._outputs or not self._families or self._num_compiling, "requests wait, and nothing can be scheduled"
         outputs = self.settle() if self._in_flight else []
@@ -176,6 +175,10 @@ class EngineCore:
             outputs = self._outputs + outputs
             self._outputs = []
         return outputs
+
+    def _may_launch(self) -> bool:
+        flying = self._in_flight
+        return len(flying) < self._pipeline_depth and (self._overlaps_late or not flying or not flying[-1].has_late)
 
     @property
     def _num_compiling(self) -> int:
@@ -237,12 +240,9 @@ class EngineCore:
         self._scheduler.settled(step)
         self._scheduler.pace.observe(step, result.forward_seconds + result.sample_seconds)
         now = self._clock()
-        outputs = []
+        outputs: list[EngineOutput] = []
         for row, answer in zip(step.rows, result.rows, strict=True):
-            if row.is_stale:
-                continue
-            output = self._settle_row(row, answer, now)
-            if output is not None:
+            if not row.is_stale and (output := self._settle_row(row, answer, now)) is not None:
                 outputs.append(output)
         self._recorder.on_step(step.num_tokens)
         return outputs

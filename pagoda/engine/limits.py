@@ -54,6 +54,7 @@ class Step:
 
     __slots__ = (
         "admitted",
+        "has_late",
         "new",
         "num_decoding",
         "num_eligible",
@@ -79,6 +80,7 @@ class Step:
         self.num_prompt_tokens = 0  # tokens of all other rows
         self.prompt_cost = 0.0  # the same, weighted by what they take
         self.preempted = False
+        self.has_late = False  # draws, or scores, a row whose request does not run ahead
         self.rows: list[ScheduledRequest] = []
         self.admitted: list[Request] = []  # those that run for the first time
         self.new: list[NewRequest] = []

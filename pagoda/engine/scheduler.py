@@ -129,7 +129,9 @@ class Scheduler:
         row = ScheduledRequest(req, slot, begin, count, self._kv.mark(req, count))
         step.rows.append(row)
         req.num_tokens_planned += count
-        if req.runs_ahead and count == step.num_missing and begin + count + 1 < req.max_tokens_total:
+        if not req.runs_ahead:
+            step.has_late |= count == step.num_missing or req.wants_prompt_logprobs
+        elif count == step.num_missing and begin + count + 1 < req.max_tokens_total:
             req.num_tokens_ahead += 1
             row.is_ahead = True
 

@@ -186,7 +186,7 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequ
     compiler = GrammarCompiler(lambda: load_front(config).tokenizer, facts.vocab_size)
     core = EngineCore(
         config, facts, budget.num_blocks, executor, max_logits_rows=runner.max_rows, compiler=compiler,
-        pipeline_depth=runner.num_steps, plans_ahead=runner.plans_ahead,
+        pipeline_depth=runner.num_steps, draws_ahead=runner.draws_ahead, overlaps_late=runner.overlaps_late,
     )  # fmt: skip
     mode, why = runner.mode
     ledger = Ledger(
@@ -232,5 +232,6 @@ def _build_runner(
         max_num_seqs=seqs, max_model_len=budget.max_model_len, num_groups=len(facts.kv_groups), max_blocks=blocks,
         processors=load_processors(config.model.logits_processors),
     )  # fmt: skip
-    forward = make_forward(model, builder, store, eager=config.device.enforce_eager, native=native)
+    depth = 2 if config.device.async_scheduling else 1
+    forward = make_forward(model, builder, store, eager=config.device.enforce_eager, native=native, num_steps=depth)
     return Runner(table, builder, forward, store), builder.nbytes + table.nbytes + forward.nbytes

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from pagoda.base.plan import Masks, StepPlan, StepResult
 from pagoda.base.resolve import KvBudget, Reason
+from pagoda.base.types import DrawsAhead
 from pagoda.loader.place import Place
 from pagoda.models.decoder import Model
 
@@ -31,8 +32,12 @@ class AnyRunner(Protocol):
         """Steps that may be between their halves."""
 
     @property
-    def plans_ahead(self) -> bool:
-        """Plain requests may be planned ahead of their tokens."""
+    def overlaps_late(self) -> bool:
+        """A step may be started while one is in flight that has rows to be drawn once its logits are there."""
+
+    @property
+    def draws_ahead(self) -> DrawsAhead | None:
+        """Whose tokens it draws by itself, so that they can be planned before they are known."""
 
     def forward(self, plan: StepPlan) -> None: ...
 

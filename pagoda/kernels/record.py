@@ -8,6 +8,9 @@
     program.run(T=37, S=5, R=5)                      # one native call
     program.output(0)                                # view, valid until the next run
 
+Where inputs are fed instead, a run comes in two halves, `start` and `join`, and the next one can be prepared, and started, while one
+is under way.
+
 The number of rows of an array is a symbol: T tokens, S sequences, R logit rows. Arrays made while recording live in
 one arena, in slots sized for the most rows there can be and reused as soon as nothing reads them any more:
 
@@ -23,6 +26,7 @@ joined into one before any memory is given out (fuse.py).
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +69,8 @@ class Recorder:
         self._group_reads: list[Access] = []
         self._group_writes: list[Access] = []
         self._num_marks = 0
+        self._feeds: list[tuple[np.ndarray, np.ndarray, str, int]] = []
+        self._follow: tuple[SymArray, SymArray, SymArray] | None = None
 
     def input(self, array: np.ndarray, rows: str) -> SymArray:
         """A persistent array, read (or written) in place by every run; it has room for the most rows of the symbol."""
@@ -73,6 +79,19 @@ class Recorder:
         library.describe(array)  # refuses what no kernel can read
         shape = (rows,) if array.ndim == 1 else (rows, array.shape[1])
         return SymArray(self, Slot(array.strides[0], outside=array), shape, array.dtype)
+
+    def feed(self, staged: np.ndarray, rows: str, more: int = 0) -> SymArray:
+        """An input that each run takes from `staged` when it is asked for, so that the next one can be prepared meanwhile: as many
+        rows as the symbol says, and `more`."""
+        assert staged.flags.c_contiguous
+        live = np.zeros_like(staged)
+        self._feeds.append((live, staged, rows, more))
+        return self.input(live, rows)
+
+    def follow(self, tokens_T: SymArray, source_T: SymArray, drawn_R: SymArray) -> None:
+        """Before each run tokens_T[i] becomes drawn_R[source_T[i]] wherever source_T[i] >= 0: what the run before drew. `drawn_R` is an
+        output, the others are fed."""
+        self._follow = (tokens_T, source_T, drawn_R)
 
     def temporary(self, rows: str, cols: int | None, dtype: np.dtype[Any]) -> SymArray:
         """An uninitialised array in the arena."""
@@ -124,7 +143,7 @@ class Recorder:
         for patch in self._patches:
             target = code[place[id(patch.instruction)]].t[patch.operand]
             target.data = arena.ctypes.data + patch.slot.offset + patch.byte_offset
-        return Program(self._library, code, arena, list(outputs), self.max_rows, self._steps)
+        return Program(self._library, code, arena, list(outputs), self.max_rows, self._steps, self._feeds, self._follow)
 
     def _tensor(self, operand: Any) -> Tensor:
         if not isinstance(operand, SymArray):
@@ -160,7 +179,7 @@ class Recorder:
 
 
 class Program:
-    """A recorded forward. Runs are exclusive: one at a time, and the views of the last one end with the next."""
+    """A recorded forward. Runs happen one at a time, and the views of the last one end with the next."""
 
     def __init__(
         self,
@@ -170,8 +189,10 @@ class Program:
         outputs: list[SymArray],
         max_rows: dict[str, int],
         kept: list[Step],
+        feeds: list[tuple[np.ndarray, np.ndarray, str, int]],
+        follow: tuple[SymArray, SymArray, SymArray] | None,
     ) -> None:
-        self._library, self._arena, self._kept = lib, arena, kept
+        self._library, self._arena, self._kept, self._feeds = lib, arena, kept, feeds
         self._outputs = outputs
         self._max_rows = max_rows
         self._rows = dict.fromkeys(SYMBOLS, 0)
@@ -183,6 +204,11 @@ class Program:
         self._handle = lib.dll.pg_program_create(lib.handle, code, len(code))
         if not self._handle:
             raise KernelFault(lib.last_error())
+        self._started: deque[dict[str, int]] = deque()
+        for live, staged, rows, more in feeds:
+            lib.dll.pg_program_feed(self._handle, live.ctypes.data, staged.ctypes.data, live.strides[0], SYMBOLS[rows], more)
+        if follow is not None:
+            lib.dll.pg_program_follow(self._handle, *(self._whole_output(x).ctypes.data for x in follow))
 
     def run(self, *, T: int = 0, S: int = 0, R: int = 0) -> None:
         """One native call. KernelFault when rows exceed what was recorded for or an operand holds something impossible."""
@@ -190,6 +216,27 @@ class Program:
         if self._library.dll.pg_program_run(self._handle, T, S, R):
             raise KernelFault(self._library.last_error())
         self._rows = {"T": T, "S": S, "R": R}
+
+    def start(self, *, T: int = 0, S: int = 0, R: int = 0) -> None:
+        """Asks for a run and returns; what is fed may change from now on. At most two are under way, one after the other."""
+        self._library.num_calls += 1
+        if self._library.dll.pg_program_start(self._handle, T, S, R):
+            raise KernelFault(self._library.last_error())
+        self._started.append({"T": T, "S": S, "R": R})
+
+    def join(self) -> tuple[np.ndarray, float]:
+        """Waits for the oldest run under way -> (what it drew, the seconds it took). Outputs are its own unless another has been started."""
+        rows, nanoseconds = self._started.popleft(), ctypes.c_int64()
+        drawn_R = np.empty(rows["R"], np.int32)
+        if self._library.dll.pg_program_join(self._handle, drawn_R.ctypes.data, ctypes.byref(nanoseconds)):
+            raise KernelFault(self._library.last_error())
+        self._rows = rows
+        return drawn_R, nanoseconds.value * 1e-9
+
+    @property
+    def seconds(self) -> float:
+        """What all runs so far took."""
+        return float(self._library.dll.pg_program_nanoseconds(self._handle)) * 1e-9
 
     def output(self, index: int) -> np.ndarray:
         """The rows of the latest run, a view into memory that the next run overwrites."""

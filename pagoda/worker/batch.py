@@ -88,6 +88,7 @@ class BatchBuilder:
         self._block_size = block_size
         t, s, r = sizes.max_tokens, sizes.max_seqs, sizes.max_rows
         self.token_ids_T = np.zeros(t, np.int32)
+        self.source_T = np.full(t, -1, np.int32)  # the row of the step before whose draw this token is; -1: the token is known
         self.positions_T = np.zeros(t, np.int32)
         self.query_start_S1 = np.zeros(s + 1, np.int32)
         self.seq_lens_S = np.zeros(s, np.int32)
@@ -100,7 +101,7 @@ class BatchBuilder:
 
     @property
     def nbytes(self) -> int:
-        arrays = [self.token_ids_T, self.positions_T, self.query_start_S1, self.seq_lens_S, self.logits_idx_R]
+        arrays = [self.token_ids_T, self.source_T, self.positions_T, self.query_start_S1, self.seq_lens_S, self.logits_idx_R]
         return sum(a.nbytes for a in [*arrays, *self.tables_gSB, *self.slots_gT])
 
     def build(self, plan: StepPlan, table: RequestTable) -> StepRows:
@@ -129,6 +130,12 @@ class BatchBuilder:
         is_decode = num_tokens == num_seqs == built.num_sampled
         self._last, self._last_slots = (built, slots_S.tolist()) if is_decode else (None, [])
         return built
+
+    def follow(self, rows: StepRows, row_N: np.ndarray | None) -> None:
+        """Names the tokens that the step before is still drawing: `row_N` holds the row of each slot's, -1 without; None: all are known."""
+        self.source_T[: rows.num_tokens] = -1
+        if row_N is not None:
+            self.source_T[self.query_start_S1[: rows.num_seqs]] = row_N[rows.slots_S]
 
     def _goes_on(self, plan: StepPlan) -> bool:
         """Every row of the last step computes its next token, and nothing else happens."""

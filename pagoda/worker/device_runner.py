@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pagoda.base.plan import Masks, StepPlan, StepResult, StepRow
+from pagoda.base.types import DrawsAhead
 from pagoda.kernels import ops
 from pagoda.kernels.triton.prepare import Counts
 from pagoda.worker.batch import Sizes, StepRows
@@ -92,10 +93,12 @@ class DeviceRunner:
         self._steps: deque[_Launched] = deque()
         self._free = [_Buffers(device.event(), device.pinned(max(sizes.max_rows, sizes.max_seqs), "int32")) for _ in range(num_steps + 1)]
 
+    overlaps_late = True
+
     @property
-    def plans_ahead(self) -> bool:
+    def draws_ahead(self) -> DrawsAhead | None:
         """Not with plug-ins, which may want any row on the host."""
-        return not self.table.has_processors
+        return None if self.table.has_processors else "is_drawn_on_device"
 
     @property
     def max_rows(self) -> int:
@@ -134,8 +137,7 @@ class DeviceRunner:
                 logits_RV = logits_RV[:num_rows]
                 self._draw(rows, launched, buffers, logits_RV, counts)
         buffers.event.record()
-        early = rows.slots_S[rows.early_S]
-        self.table.num_tokens_N[early] += 1
+        self.table.expect_tokens(rows.slots_S[rows.early_S])
 
     def _draw(self, rows: _Rows, launched: _Launched, buffers: _Buffers, logits_RV: Array, counts: Counts) -> None:
         num_rows, last_S = len(rows.slot_R), rows.row_start_S1[1:] - 1
@@ -228,9 +230,7 @@ class DeviceRunner:
         early = rows.early_S
         if len(early):
             ids = buffers.ids.host[rows.row_start_S1[early + 1] - 1]
-            slots, places = rows.slots_S[early], rows.ends_S[early]
-            fits = places < self.table.tokens_NL.shape[1]
-            self.table.tokens_NL[slots[fits], places[fits]] = ids[fits]
+            self.table.put_tokens(rows.slots_S[early], rows.ends_S[early], ids)
             for s, token in zip(early.tolist(), ids.tolist(), strict=True):
                 if token >= 0:
                     results[s].token_ids = [token]

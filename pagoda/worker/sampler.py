@@ -50,10 +50,8 @@ class Sampler:
     ) -> list[StepRow]:
         """One StepRow per sequence of the batch. Changes `logits_RV`; appends sampled tokens to the table.
 
-        `drawn_R` are the ids the forward drew of all rows; they are taken when no row needs more than the fused draw.
+        `drawn_R` are the ids the forward drew of all rows; they are taken for rows that need no more than the fused draw.
         """
-        if rows.is_plain and drawn_R is not None and not masks and drawn_R.min(initial=0) >= 0:
-            return _keep(table, rows, drawn_R)
         results = [StepRow(slot=slot) for slot in rows.slots_S.tolist()]
         if rows.num_rows == 0:
             return results

@@ -115,6 +115,17 @@ class RequestTable:
                 self.tables_gNB[group, row.slot, start : start + len(ids)] = ids
                 self.num_blocks_gN[group, row.slot] = start + len(ids)
 
+    def expect_tokens(self, slots: np.ndarray) -> np.ndarray:
+        """One more token each, which a step in flight draws. -> the places where `put_tokens` will find them."""
+        places: np.ndarray = self.num_tokens_N[slots]
+        self.num_tokens_N[slots] = places + 1
+        return places
+
+    def put_tokens(self, slots: np.ndarray, places: np.ndarray, ids: np.ndarray) -> None:
+        """What had been expected. A place beyond the longest request belongs to one that has ended."""
+        fits = places < self.tokens_NL.shape[1]
+        self.tokens_NL[slots[fits], places[fits]] = ids[fits]
+
     def append_tokens(self, slots: np.ndarray, ids: np.ndarray) -> None:
         """Sampled tokens become the next step's input without a round trip through the brain."""
         counts = self.num_tokens_N[slots]

@@ -76,6 +76,29 @@ def test_batches_budgets_threads(model: Path) -> None:
     same(ask(model, 3, enforce_eager=True), expected)
 
 
+def test_steps_that_overlap(model: Path) -> None:
+    """Tokens drawn before the host has seen those before them, beside rows that have to wait for it, and ends that come as a surprise."""
+    plain = engine(model, async_scheduling=False)
+    assert plain.executor.runner.num_steps == 1 and engine(model).executor.runner.num_steps == 2
+    prompts = among(17, plain.facts.vocab_size)
+    kinds = [dict(), dict(temperature=0.0), dict(top_k=20, seed=3), dict(logprobs=2), dict(presence_penalty=0.7), dict(min_tokens=1)]
+    lengths = (1, 2, 7, 30, 31)
+    params = {
+        name: SamplingParams(**{"temperature": 0.9, "seed": i, "max_tokens": lengths[i % 5], "ignore_eos": True, **(kinds[i % 6] if i > 9 else {})})
+        for i, name in enumerate(prompts)
+    }
+    expected = generate(plain, prompts, params)
+    stops = {name: params[name].clone(stop_token_ids=expected[name].token_ids[3:4]) for name in prompts}
+    for chosen in (params, stops):
+        for options in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 5}, {"num_threads": 1}, {"kv_cache_memory_bytes": 13 << 20}):
+            found = generate(engine(model, **options), prompts, chosen)
+            for name in prompts:
+                wanted = expected[name].token_ids
+                if chosen is stops and len(wanted) > 3:
+                    wanted = wanted[: wanted.index(wanted[3]) + 1]
+                assert found[name].token_ids == wanted, (name, options)
+
+
 def test_int8_cache(model: Path) -> None:
     """Neighbours, chunks, threads and prefix hits; as many tokens as bfloat16 holds in not much more than half the bytes."""
     int8: dict[str, Any] = {"kv_cache_dtype": "int8"}

@@ -42,6 +42,7 @@ class Harness:
         prefix_caching: bool = True,
         max_logits_rows: int = 64,
         pipeline_depth: int = 1,
+        overlaps_late: bool = True,
         seed: int = 0,
         **scheduler: Any,
     ) -> None:
@@ -59,7 +60,7 @@ class Harness:
         self.max_model_len = max_model_len
         self.core = EngineCore(
             config, facts, num_blocks, self.executor, max_logits_rows=max_logits_rows, clock=Clock(),
-            pipeline_depth=pipeline_depth,
+            pipeline_depth=pipeline_depth, overlaps_late=overlaps_late,
         )
         self.requests: dict[str, GenerateRequest] = {}
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)

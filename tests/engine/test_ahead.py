@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda.base.errors import InvalidRequest
+from pagoda.base.plan import StepPlan
 from pagoda.base.types import SamplingParams
 from tests.engine.fake_executor import VOCAB
 from tests.engine.harness import FULL, MIXED, WINDOW, Harness
@@ -90,6 +91,51 @@ def test_a_mask_delays_only_its_own_row() -> None:
     rig.check_whole()
 
 
+def test_a_late_step_may_have_to_be_the_last() -> None:
+    """Where the next forward would overwrite the logits that a row is still to be drawn from, as on a CPU."""
+    h = Harness(pipeline_depth=2, overlaps_late=False)
+    h.add("plain", 9, max_tokens=9)
+    h.add("special", [5] * 9, max_tokens=3, dry_multiplier=0.5)
+    while not h.finished:
+        h.step()
+        assert len(h.core._in_flight) <= 1, "both rows are in every step, and nothing is in flight when it is planned"
+    assert all(len(plan.scheduled) == 2 for plan in h.executor.plans)
+    h.step()
+    assert h.core._in_flight, "from now on steps overlap"
+    h.run()
+    h.check_all()
+    h.check_whole()
+
+
+def test_scored_prompts_are_late_in_every_chunk() -> None:
+    h = Harness(pipeline_depth=2, overlaps_late=False, max_num_batched_tokens=4)
+    h.add("scored", 9, max_tokens=3, prompt_logprobs=0)
+    for _ in range(3):
+        h.step()
+        assert not h.core._in_flight
+    h.run()
+    h.check_all()
+
+
+def test_the_brain_and_a_cpu_agree_on_who_draws() -> None:
+    """`is_drawn_by_forward` promises that no row of the request is special to the worker, whatever field is set."""
+    from pagoda.base.plan import NewRequest
+    from pagoda.worker.table import RequestTable
+
+    table = RequestTable(max_num_seqs=1, max_model_len=20, num_groups=1, max_blocks=2)
+    plain = {"temperature": 0.3, "top_p": 0.5, "top_k": 4, "min_p": 0.1, "seed": 8, "ignore_eos": True, "stop_token_ids": [3], "n": 2}
+    special: dict[str, Any] = {
+        "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "min_tokens": 3, "logprobs": 0, "prompt_logprobs": 0,
+        "logit_bias": {3: 1.0}, "allowed_token_ids": [1, 2], "bad_words_token_ids": [[4]], "typical_p": 0.5, "top_n_sigma": 1.0,
+        "dynatemp_range": 0.2, "xtc_probability": 0.5, "dry_multiplier": 0.8, "mirostat_mode": 2,
+    }  # fmt: skip
+    for name, value in (plain | special).items():
+        params = SamplingParams(**{"temperature": 0.7, "max_tokens": 9, "seed": 1, name: value})
+        assert params.is_drawn_by_forward == (name in plain), name
+        table.apply(StepPlan(step=0, released_slots=[0], new=[NewRequest(slot=0, request_id="a", token_ids=[1], num_prompt_tokens=1, params=params, block_ids=[[1]])]))
+        assert (table.is_redrawn_N[0] or table.wants_prompt_logprobs_N[0]) == (name in special), name
+
+
 def test_the_brain_and_a_device_agree_on_who_draws() -> None:
     """`is_drawn_on_device`, which the brain goes by, against what the device's worker makes of the same request, whatever field is set."""
     pytest.importorskip("torch", reason="the device's worker computes with it")
@@ -131,10 +177,10 @@ _requests = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(
     groups=st.sampled_from([FULL, WINDOW, MIXED]), num_blocks=st.integers(14, 60), budget=st.sampled_from([5, 16, 64]),
-    preempt_at=st.sampled_from([None, 2, 4]), specs=st.lists(_requests, min_size=1, max_size=6),
+    preempt_at=st.sampled_from([None, 2, 4]), overlaps_late=st.booleans(), specs=st.lists(_requests, min_size=1, max_size=6),
 )  # fmt: skip
-def test_depths_give_the_same_tokens(groups: Any, num_blocks: int, budget: int, preempt_at: int | None, specs: list[dict[str, Any]]) -> None:
-    answers = [_live(depth, groups, num_blocks, budget, preempt_at, specs) for depth in (1, 2, 3)]
+def test_depths_give_the_same_tokens(groups: Any, num_blocks: int, budget: int, preempt_at: int | None, overlaps_late: bool, specs: list[dict[str, Any]]) -> None:
+    answers = [_live(depth, groups, num_blocks, budget, preempt_at, overlaps_late, specs) for depth in (1, 2, 3)]
     for name in set.intersection(*(set(answer) for answer in answers)):
         shortest = min(len(answer[name][0]) for answer in answers)
         for tokens, reason in (answer[name] for answer in answers):
@@ -145,9 +191,9 @@ def test_depths_give_the_same_tokens(groups: Any, num_blocks: int, budget: int, 
 
 
 def _live(
-    depth: int, groups: Any, num_blocks: int, budget: int, preempt_at: int | None, specs: list[dict[str, Any]]
+    depth: int, groups: Any, num_blocks: int, budget: int, preempt_at: int | None, overlaps_late: bool, specs: list[dict[str, Any]]
 ) -> dict[tuple[str, int], tuple[list[int], str]]:  # fmt: skip
-    h = Harness(groups=groups, num_blocks=num_blocks, max_num_batched_tokens=budget, pipeline_depth=depth)
+    h = Harness(groups=groups, num_blocks=num_blocks, max_num_batched_tokens=budget, pipeline_depth=depth, overlaps_late=overlaps_late)
     left = list(enumerate(specs))
     for step in range(3000):
         for number, spec in [item for item in left if item[1]["at"] <= step]:

@@ -31,6 +31,7 @@ _engines = st.fixed_dictionaries(
         "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
         "watermark": st.sampled_from([0.0, 0.2]),
         "pipeline_depth": st.sampled_from([1, 1, 2, 3]),
+        "overlaps_late": st.booleans(),
     }
 )
 
@@ -100,7 +101,7 @@ class _World:
         self.h.core.abort([f"r{number}" if index < 0 else (f"r{number}", index)])
 
     def launch(self, _: None) -> None:
-        if len(self.h.core._in_flight) < self.h.core._pipeline_depth:
+        if self.h.core._may_launch():
             self.h.core.launch()
 
     def fail(self, how: str) -> None:

@@ -14,7 +14,7 @@ from pagoda.kernels.cpu import library
 from pagoda.kernels.kv import KvPlane, allocate_kv_plane
 from pagoda.kernels.record import Program, Recorder
 from pagoda.kernels.table import CannotRecord
-from pagoda.kernels.weight import Weight
+from pagoda.kernels.weight import Weight, pack
 
 from .cases import FORMATS, normal, rope_table, weight
 
@@ -253,3 +253,82 @@ def test_a_program_notices_that_a_context_has_grown_long() -> None:
         lens[0] = length
         program.run(T=1, S=1)
         np.testing.assert_array_equal(program.output(0), ops.attention(q, cache, table, starts, lens, scale=0.25, head_dim=DIM))
+
+
+def chain(vocab: int = 50) -> tuple[Program, np.ndarray, np.ndarray]:
+    """A program that draws for each row the id behind the one it is given, and its staged inputs: ids and whose draw they are."""
+    following = np.eye(vocab, dtype=np.float32)[:, (np.arange(vocab) - 1) % vocab] * 9  # row i is largest at i + 1
+    ids, source = np.zeros(4, np.int32), np.full(4, -1, np.int32)
+    columns = [np.zeros(4, kind) for kind in (np.float32, np.int32, np.float32, np.float32, np.uint64, np.int64)]
+    recorder = Recorder(max_rows={"T": 4, "R": 4})
+    tokens, sources = recorder.feed(ids, "T"), recorder.feed(source, "T")
+    logits = ops.embedding(tokens, pack("f32", [following]))
+    drawn = ops.sample(ops.gather_rows(logits, recorder.feed(np.arange(4, dtype=np.int32), "R")), *(recorder.feed(c, "R") for c in columns))
+    recorder.follow(tokens, sources, drawn)
+    return recorder.finish(outputs=[logits, drawn]), ids, source
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_run_is_asked_for_while_the_one_before_it_is_under_way(threads: int) -> None:
+    """Its inputs are copied at once, and tokens not known yet are those that the run before draws."""
+    lib = library.default()
+    before = lib.num_threads
+    lib.set_threads(threads)
+    try:
+        program, ids, source = chain()
+        ids[:3] = 3, 17, 49
+        program.start(T=3, R=3)
+        ids[:], source[:3] = 30, (2, -1, 0)  # of the second run: two rows that the first one draws, and 30
+        found = []
+        for _ in range(40):
+            program.start(T=3, R=3)
+            source[:3] = 0, 1, 2  # from now on each row goes on by itself
+            found.append(program.join()[0].tolist())
+        assert found[0] == [4, 18, 0]
+        assert found[1:] == [[(1 + k) % 50, (31 + k) % 50, (5 + k) % 50] for k in range(39)]
+        last, seconds = program.join()
+        assert last.tolist() == [40, 20, 44] and 0 < seconds < program.seconds
+        np.testing.assert_array_equal(program.output(1), last)
+    finally:
+        lib.set_threads(before)
+
+
+def test_halves_of_runs_out_of_order_are_errors() -> None:
+    program, _, _ = chain()
+    program.start(T=1, R=1)
+    program.start(T=1, R=1)
+    with pytest.raises(library.KernelFault, match="two runs are under way"):
+        program.start(T=1, R=1)
+    with pytest.raises(library.KernelFault, match="a run is under way"):
+        program.run(T=1, R=1)
+    assert program.join()[0].tolist() == program.join()[0].tolist() == [1]
+    with pytest.raises(library.KernelFault, match=r"outside 0\.\.4"):
+        program.start(T=5, R=1)
+    program.run(T=1, R=1)
+    program.start(T=4, R=4)
+    del program  # waits for what is under way
+
+
+def test_a_fault_is_told_where_its_run_is_joined() -> None:
+    """And the run behind it goes on, with token 0 where none could be drawn."""
+    program, ids, source = chain()
+    ids[0] = 77
+    program.start(T=1, R=1)
+    ids[0] = 5
+    program.start(T=1, R=1)
+    with pytest.raises(library.KernelFault, match="id is outside"):
+        program.join()
+    assert program.join()[0].tolist() == [6]
+    weights = pack("f32", [np.full((8, 8), np.nan, np.float32)])
+    ids, source = np.zeros(1, np.int32), np.full(1, -1, np.int32)
+    recorder = Recorder(max_rows={"T": 1, "R": 1})
+    tokens, sources = recorder.feed(ids, "T"), recorder.feed(source, "T")
+    columns = [np.zeros(1, kind) for kind in (np.float32, np.int32, np.float32, np.float32, np.uint64, np.int64)]
+    rows = ops.gather_rows(ops.embedding(tokens, weights), recorder.feed(np.zeros(1, np.int32), "R"))
+    drawn = ops.sample(rows, *(recorder.feed(c, "R") for c in columns))
+    recorder.follow(tokens, sources, drawn)
+    program = recorder.finish(outputs=[drawn])
+    program.start(T=1, R=1)
+    source[0] = 0
+    program.start(T=1, R=1)
+    assert program.join()[0].tolist() == program.join()[0].tolist() == [-1]

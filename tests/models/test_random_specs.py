@@ -102,7 +102,8 @@ def test_one_native_call_per_forward() -> None:
         forward = runner._forward
         rows = _last_rows(runner)
         before = library.default().num_calls
-        forward.run(rows)
+        forward.start(rows, alone=True)
+        forward.join()
         calls[eager] = library.default().num_calls - before
     assert calls[False] == 1
     assert calls[True] > 10

@@ -75,7 +75,8 @@ struct Halves {
     }
     // False when nothing is left. `likely` is what this thread will take after it; empty when it cannot tell.
     bool take(Range* now, Range* likely) const {
-        for (const bool second : {is_odd, !is_odd}) {
+        const bool order[2] = {is_odd, !is_odd};
+        for (const bool second : order) {
             const uint64_t taken = uint64_t(ticket->fetch_add(second ? int64_t(1) << 32 : 1, std::memory_order_relaxed));
             const int64_t n = int64_t(second ? taken >> 32 : taken & 0xffffffff);
             *now = place(second, n);

@@ -22,7 +22,7 @@ from pagoda.kernels.weight import Weight
 __all__ = ["Instruction", "KernelFault", "Library", "LibraryUnavailable", "Tensor", "default", "describe"]
 
 PATH = Path(__file__).with_name("libpagoda.so")
-_ABI = 2
+_ABI = 3
 _MAX_TENSORS, _MAX_INTS, _MAX_FLOATS = 12, 5, 2
 
 DTYPES: dict[np.dtype[Any], int] = {
@@ -121,6 +121,11 @@ def _load(path: Path) -> ctypes.CDLL:
         ("pg_run_op", integer, (pointer, code)),
         ("pg_program_create", pointer, (pointer, code, wide)),
         ("pg_program_run", integer, (pointer, wide, wide, wide)),
+        ("pg_program_feed", None, (pointer, pointer, pointer, wide, ctypes.c_int32, wide)),
+        ("pg_program_follow", None, (pointer, pointer, pointer, pointer)),
+        ("pg_program_start", integer, (pointer, wide, wide, wide)),
+        ("pg_program_join", integer, (pointer, pointer, pointer)),
+        ("pg_program_nanoseconds", wide, (pointer,)),
         ("pg_program_progress", wide, (pointer,)),
         ("pg_program_wait", wide, (pointer, wide, wide)),
         ("pg_program_free", None, (pointer,)),
