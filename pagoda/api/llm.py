@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
-from tqdm import tqdm
 
 from pagoda.api.beam import BeamSearch
 from pagoda.api.outputs import RequestStream
@@ -261,11 +260,18 @@ def _as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]])
     return [[dict(message) for message in conversation] for conversation in messages]  # type: ignore[arg-type]
 
 
+def _tqdm() -> Callable[..., Any]:
+    """Imported when there is a bar to draw: it takes as long as recording a model."""
+    from tqdm import tqdm
+
+    return tqdm
+
+
 class _Progress:
     """The bar: prompts done, and tokens per second in and out. `use_tqdm` may be another bar's class."""
 
     def __init__(self, total: int, use_tqdm: bool | Callable[..., Any]) -> None:
-        make = use_tqdm if callable(use_tqdm) else tqdm
+        make = use_tqdm if callable(use_tqdm) else _tqdm()
         self._bar = make(total=total, desc="Prompts", dynamic_ncols=True, disable=not use_tqdm)
         self._num_in = self._num_out = 0
 

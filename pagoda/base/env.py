@@ -11,7 +11,7 @@ __all__ = ["VARIABLES", "api_key", "cache_dir", "hf_offline", "hf_token", "isa",
 
 VARIABLES = {
     "PAGODA_CACHE": "folder for the default model and built tokenizers (default: $XDG_CACHE_HOME/pagoda or ~/.cache/pagoda)",
-    "PAGODA_ISA": "instruction set of the native kernels: portable, avx2, avx512, avx512_bf16 (default: the best there is)",
+    "PAGODA_ISA": "instruction set of the native kernels: portable, avx2, avx512, avx512_vnni, avx512_bf16 (default: the best there is)",
     "PAGODA_KERNELS": "native or reference (default: native when the library was built)",
     "PAGODA_LOG_LEVEL": "debug, info, warning or error (default: info)",
     "PAGODA_API_KEY": "API key of the server, as --api-key",
@@ -39,7 +39,7 @@ def cache_dir() -> Path:
 
 
 def isa() -> str | None:
-    return _choice("PAGODA_ISA", ("portable", "avx2", "avx512", "avx512_bf16"))
+    return _choice("PAGODA_ISA", ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"))
 
 
 def kernels() -> str | None:

@@ -30,6 +30,7 @@ _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mpre
 X86 = {
     "isa_avx2.cpp": _AVX2,
     "isa_avx512.cpp": _AVX512,
+    "isa_avx512_vnni.cpp": [*_AVX512, "-mavx512vnni"],
     "isa_avx512_bf16.cpp": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 

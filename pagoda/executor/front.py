@@ -9,6 +9,7 @@ from typing import Any
 
 from pagoda.base.config import EngineConfig, ModelConfig
 from pagoda.base.errors import ConfigError
+from pagoda.base.garbage import uncollected
 from pagoda.files.hub import ModelPath
 from pagoda.files.hub import resolve as resolve_path
 from pagoda.files.tokenizer_files import read_generation_config
@@ -30,6 +31,7 @@ class Front:
     eos_token_ids: list[int]
 
 
+@uncollected()
 def load_front(config: EngineConfig) -> Front:
     """Loads from the model's own files, or `--tokenizer`, `--generation-config` and `--chat-template` where given."""
     m = config.model

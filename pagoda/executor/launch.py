@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from pagoda.base.config import EngineConfig
+from pagoda.base.garbage import uncollected
 from pagoda.base.hardware import HardwareFacts, read_hardware
 from pagoda.base.resolve import KvBudget, Reason, fit_kv_cache, resolve
 from pagoda.base.types import ModelFacts
@@ -27,6 +28,7 @@ from pagoda.executor.uniproc import UniprocExecutor
 from pagoda.files.hub import resolve as resolve_path
 from pagoda.kernels import table as kernel_table
 from pagoda.kernels.cpu import library
+from pagoda.kernels.memory import touch
 from pagoda.loader.place import HOST, Place
 from pagoda.models.catalog import ModelSource, build_model, describe
 from pagoda.models.decoder import Model
@@ -148,6 +150,7 @@ def _hardware(config: EngineConfig) -> HardwareFacts:
     return with_gpu(hardware)
 
 
+@uncollected()
 def build_engine(config: EngineConfig, *, progress: Progress | None = None, dequantize: bool = False) -> LocalEngine:
     """Loads the model and composes the core. Raises ConfigError, ModelFileError, UnsupportedModel or OutOfMemory.
 
@@ -227,6 +230,7 @@ def _build_runner(
     blocks = -(-budget.max_model_len // budget.block_size)
     sizes = Sizes(max_tokens=tokens, max_seqs=min(seqs, tokens), max_rows=min(tokens, max(seqs, 64)), max_blocks=blocks)
     store = KvStore(facts, dtype=config.cache.kv_cache_dtype, block_size=budget.block_size, num_blocks=budget.num_blocks)
+    touch([side for plane in store.planes for side in (plane.k, plane.v)])
     builder = BatchBuilder(sizes, len(facts.kv_groups), budget.block_size)
     table = RequestTable(
         max_num_seqs=seqs, max_model_len=budget.max_model_len, num_groups=len(facts.kv_groups), max_blocks=blocks,

@@ -197,7 +197,6 @@ def serve_core(hello: Hello, channel: CoreChannel) -> int:
         engine = _builder(hello.builder)(hello.config)
         ready = Ready(_info(engine, time.monotonic() - started))
         channel.send(ready)
-        gc.collect()
         gc.freeze()  # what loading left behind is never garbage: collections in the loop need not look at it
         CoreLoop(engine, channel, ready).run()
         return 0

@@ -142,7 +142,7 @@ def test_forced_preemption(model: Path) -> None:
     same(answers[ours], expected)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_every_instruction_set(model: Path, isa: str) -> None:
     if isa not in library.default().isas:
         pytest.skip(f"this CPU cannot run {isa}")

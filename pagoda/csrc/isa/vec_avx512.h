@@ -133,21 +133,20 @@ PG_INLINE i32x16 dot_u8(i32x16 acc, u8x64 a, i32x16 b) {   // in 16-bit words, w
 
 // What bfloat16 is multiplied with: bfloat16 in pairs, or floats, which need no rounding: for these half_bf16<0 or 1>(pairs) is one
 // number of each pair as a float.
+#if defined(__AVX512BF16__)
 typedef uint16_t Factor;
 #define PG_HAS_DOT_BF16
 // acc + w[0] x[0] + w[1] x[1] per lane: w pairs of bfloat16, x one pair for all lanes.
-#if defined(__AVX512BF16__)
 PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
     int32_t pair;
     __builtin_memcpy(&pair, x, 4);
     return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
 }
 #else
-PG_INLINE f32x16 dot_bf16(f32x16 acc, u8x64 w, const uint16_t* x) {
-    uint32_t pair;
-    __builtin_memcpy(&pair, x, 4);
-    f32x16 x0 = unbits(iset1(int32_t(pair << 16))), x1 = unbits(iset1(int32_t(pair & 0xffff0000u)));
-    acc = fma(unbits(shift_left<16>(w)), x0, acc);
-    return fma(unbits(_mm512_and_si512(w, _mm512_set1_epi32(int32_t(0xffff0000u)))), x1, acc);
+typedef float Factor;
+template <int kHalf>
+PG_INLINE f32x16 half_bf16(u8x64 w) {
+    if constexpr (kHalf == 0) return unbits(shift_left<16>(w));
+    else return unbits(_mm512_and_si512(w, _mm512_set1_epi32(int32_t(0xffff0000u))));
 }
 #endif
