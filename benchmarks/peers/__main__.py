@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from pagoda.bench.report import machine_line
 
 OFFLINE = ("W1", "W2-512", "W2-2048", "W3", "W4", "W5")
 WORK = ("quality", "start", "memory", *OFFLINE, "W6")
-_START_ROUNDS = 3
 
 
 def main() -> None:
@@ -38,28 +38,39 @@ def main() -> None:
     contenders = prepared(chosen(args.peers, args.precision), absent)
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "rounds": args.rounds, "absent": absent, "samples": {}}
     result |= {"threads": args.threads, "machine": machine_line(), "commands": [" ".join(["python -m benchmarks.peers", *sys.argv[1:]])]}
-    samples, started = result["samples"], time.perf_counter()
+    started = time.perf_counter()
+    try:
+        _run(args, contenders, result)
+    except SystemExit as ended:
+        print(f"{ended}: what was measured until now is kept", flush=True)
+        result["absent"]["the rest of this run"] = str(ended)
+    result["samples"] = {workload: dict(rows) for workload, rows in result["samples"].items() if rows}
+    result["seconds"] = time.perf_counter() - started
+    result["versions"] = versions(args.peers)
+    if args.onto:
+        result = merged(json.loads(args.onto.read_text(encoding="utf-8")), result)
+    _write(result, args.report)
+
+
+def _run(args: argparse.Namespace, contenders: Sequence[Contender], result: dict[str, Any]) -> None:
+    """Fills `result` as it goes."""
+    samples, absent = result["samples"], result["absent"]
     if "quality" in args.work:
         result["quality"] = run_quality(contenders, args.threads, absent)
     if "start" in args.work:
-        samples |= run_starts(contenders, min(args.rounds, _START_ROUNDS), args.threads, absent)
+        samples |= run_starts(contenders, args.rounds, args.threads, absent)
     if "memory" in args.work:
         samples["memory"] = run_memory(contenders, args.threads, absent)
     offline = [work for work in args.work if work in OFFLINE]
     if offline:
         workers = start_workers(contenders, args.threads, args.kv_tokens, absent)
         try:
-            samples |= run_rounds(contenders, workers, offline, args.rounds, args.threads, keep_slow=args.keep_slow, quiet_s=args.wait_quiet)
+            run_rounds(samples, contenders, workers, offline, args.rounds, args.threads, keep_slow=args.keep_slow, quiet_s=args.wait_quiet)
         finally:
             for worker in workers.values():
                 worker.close()
     if "W6" in args.work:
-        samples["W6"] = run_w6(contenders, args.rounds, args.threads, args.kv_tokens, absent, keep_slow=args.keep_slow, quiet_s=args.wait_quiet)
-    result["seconds"] = time.perf_counter() - started
-    result["versions"] = versions(args.peers)
-    if args.onto:
-        result = merged(json.loads(args.onto.read_text(encoding="utf-8")), result)
-    _write(result, args.report)
+        run_w6(samples.setdefault("W6", defaultdict(list)), contenders, args.rounds, args.threads, args.kv_tokens, absent, keep_slow=args.keep_slow, quiet_s=args.wait_quiet)
 
 
 def prepared(contenders: Sequence[Contender], absent: dict[str, str]) -> list[Contender]:
@@ -84,6 +95,8 @@ def merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 
 def _write(result: dict[str, Any], is_report: bool) -> None:
     """The page on standard output and under build/peers; with --report into docs/benchmarks, with the samples and a plot."""
+    if is_report:
+        _write(result, False)  # for a later --onto
     folder = ROOT / "docs/benchmarks" if is_report else CACHE
     stem = f"{result['date']}-peers" if is_report else "last"
     has_plot = plot(result, folder / f"{stem}.png")

@@ -51,11 +51,11 @@ def log_of(contender: Contender, what: str = "worker") -> Path:
 
 
 def run_rounds(
-    contenders: Sequence[Contender], workers: dict[str, Worker], workloads: Sequence[str], rounds: int, num_threads: int,
+    samples: Samples, contenders: Sequence[Contender], workers: dict[str, Worker], workloads: Sequence[str], rounds: int, num_threads: int,
     *, keep_slow: bool, quiet_s: float,
-) -> Samples:
-    """All samples, by workload and contender's name. A worker that fails is told and left out from then on."""
-    samples: Samples = defaultdict(lambda: defaultdict(list))
+) -> None:
+    """Fills `samples`, by workload and contender's name. A worker that fails is told and left out from then on."""
+    samples.update({workload: defaultdict(list) for workload in workloads})
     slow: set[tuple[str, str]] = set()
     for round in range(rounds):
         for workload in workloads:
@@ -68,7 +68,6 @@ def run_rounds(
                 _run_llama_bench(contenders, round, num_threads, samples)
             if round == 0 and not keep_slow:
                 slow |= {(workload, name) for name in too_slow(todo, samples[workload])}
-    return {workload: dict(found) for workload, found in samples.items()}
 
 
 def _measure(contender: Contender, workers: dict[str, Worker], workload: str, round: int, samples: Samples) -> None:

@@ -87,11 +87,11 @@ class Server:
 
 
 def run_w6(
-    contenders: Sequence[Contender], rounds: int, num_threads: int, kv_tokens: int, absent: dict[str, str], *, keep_slow: bool, quiet_s: float
-) -> dict[str, list[Sample]]:
-    """Samples by contender's name. A peer far behind the fastest is asked once, unless `keep_slow`."""
+    found: dict[str, list[Sample]], contenders: Sequence[Contender], rounds: int, num_threads: int, kv_tokens: int, absent: dict[str, str],
+    *, keep_slow: bool, quiet_s: float,
+) -> None:
+    """Fills `found` by contender's name. A peer far behind the fastest is asked once, unless `keep_slow`."""
     servers: dict[str, Server] = {}
-    found: dict[str, list[Sample]] = defaultdict(list)
     try:
         for contender in (c for c in contenders if c.peer in HAS_SERVER):
             try:
@@ -115,7 +115,6 @@ def run_w6(
     finally:
         for server in servers.values():
             server.close()
-    return dict(found)
 
 
 def _slow_servers(contenders: Sequence[Contender], found: dict[str, list[Sample]]) -> list[str]:
