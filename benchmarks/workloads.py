@@ -136,8 +136,18 @@ def fractions(engine: LocalEngine, found: dict[str, dict[str, float]], limits: d
     for name in ("W2-512", "W2-2048"):
         if name in found:
             rate = flops * found[name]["prefill tok/s"] / 1e9
-            kind = "bf16" if "bf16" in limits else "fp32"  # without products of bfloat16, of floats
+            kind = ceiling_of(engine, limits)
             yield name, f"{rate:.0f} GFLOP/s in linear layers, {rate / limits[kind]:.0%} of the {limits[kind]:.0f} of {kind} products"
+
+
+def ceiling_of(engine: LocalEngine, limits: dict[str, float]) -> str:
+    """Whose products most of a prompt's are, of those this machine was measured for."""
+    formats = engine.ledger.formats
+    if not any(name.startswith(("q", "i8")) for name in formats):
+        return "bf16" if "bf16" in limits else "fp32"
+    if not any(name.endswith("_a8") or name == "i8" for name in formats):
+        return "int16"
+    return "int8" if "int8" in limits else "int4" if any(name.startswith("q4") for name in formats) else "int16"
 
 
 def medians(samples: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -163,13 +173,14 @@ def measure(config: EngineConfig, args: argparse.Namespace) -> dict[str, Any]:
                 print(f"round {round} W6: " + ", ".join(f"{k} {v:.4g}" for k, v in samples["W6"][-1].items()), flush=True)
     found = medians(samples)
     return {
-        "title": args.title or Path(str(args.model or "default model")).name,
+        "title": args.title or ", ".join([Path(str(args.model or "default model")).name, *args.set]),
         "machine": machine_line(),
         "date": time.strftime("%Y-%m-%d"),
         "rounds": args.rounds,
         "formats": ", ".join(engine.ledger.formats),
         "kv": engine.config.cache.kv_cache_dtype,
         "ceilings": limits,
+        "ceiling": ceiling_of(engine, limits),
         "medians": found,
         "samples": dict(samples),
         "fractions": dict(fractions(engine, found, limits)),
@@ -201,19 +212,25 @@ def markdown(result: dict[str, Any], command: str) -> str:
 
 
 def compare(result: dict[str, Any]) -> list[str]:
-    """What moved against the newest committed report of the same title: ratios, larger is faster."""
+    """What moved against the newest committed report of the same title: ratios, larger is faster, and the same in terms of what
+    the machine gave then and now (W1 of its memory, the rest of its products): that is what is marked."""
     earlier = sorted((ROOT / "docs/benchmarks").glob(f"*-{slug(result['title'])}.json"))
     if not earlier:
         return ["no earlier report to compare with: `--report` writes one"]
     before = json.loads(earlier[-1].read_text())
-    lines = [f"against {earlier[-1].name} (ceilings then and now: memory {before['ceilings']['memory']:g} and "
-             f"{result['ceilings']['memory']:g} GB/s, bf16 {before['ceilings']['bf16']:g} and {result['ceilings']['bf16']:g} GFLOP/s)"]  # fmt: skip
+    then, now = before["ceilings"], result["ceilings"]
+    both = ", ".join(f"{kind} {then[kind]:g} and {now[kind]:g} G/s" for kind in now if kind in then)
+    lines = [f"against {earlier[-1].name} (ceilings then and now: {both})"]
+    if before["machine"] != result["machine"]:
+        lines.append(f"  that was another machine, so most of this is its difference: {before['machine']}")
     for name, figures in result["medians"].items():
+        kind = "memory" if name == "W1" else result["ceiling"]
+        drift = now[kind] / then.get(kind, now[kind])
         for key in (k for k in figures if k in before["medians"].get(name, {})):
             old, new = before["medians"][name][key], figures[key]
             ratio = new / old if key.endswith("/s") else old / new
-            flag = "  <-- slower" if ratio < 0.9 else "  <-- faster" if ratio > 1.1 else ""
-            lines.append(f"  {name:8s} {key:14s} {old:10.4g} -> {new:10.4g}   {ratio:5.2f}x{flag}")
+            flag = "  <-- slower" if ratio / drift < 0.9 else "  <-- faster" if ratio / drift > 1.1 else ""
+            lines.append(f"  {name:8s} {key:14s} {old:10.4g} -> {new:10.4g}   {ratio:5.2f}x, of the machine's {ratio / drift:5.2f}x{flag}")
     return lines
 
 
