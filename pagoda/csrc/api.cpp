@@ -28,15 +28,15 @@ int fail(std::string why) {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+[[maybe_unused]] bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 // Intel's dot product of bfloat16 does half of what two multiply-adds of floats do in the same time, AMD's twice as much.
-bool has_fast_bf16() { return has_avx512_bf16() && !__builtin_cpu_is("intel"); }
+[[maybe_unused]] bool has_fast_bf16() { return has_avx512_bf16() && !__builtin_cpu_is("intel"); }
 #endif
 
 // `wanted`: chosen if none below it is.
@@ -49,10 +49,18 @@ struct Row {
 const Row kIsas[] = {
     {&pg::kIsaPortable, always, always},
 #if defined(__x86_64__)
+#if PG_NUM_LEVELS >= 1   // build.py says how many there are
     {&pg::kIsaAvx2, has_avx2, has_avx2},
+#endif
+#if PG_NUM_LEVELS >= 2
     {&pg::kIsaAvx512, has_avx512, has_avx512},
+#endif
+#if PG_NUM_LEVELS >= 3
     {&pg::kIsaAvx512Vnni, has_avx512_vnni, has_avx512_vnni},
+#endif
+#if PG_NUM_LEVELS >= 4
     {&pg::kIsaAvx512Bf16, has_avx512_bf16, has_fast_bf16},
+#endif
 #endif
 };
 constexpr int kNumIsas = int(sizeof kIsas / sizeof kIsas[0]);

@@ -3,6 +3,9 @@
     python pagoda/csrc/build.py            builds pagoda/kernels/cpu/libpagoda.so when sources or flags changed
     python pagoda/csrc/build.py --force    builds it in any case
 
+PAGODA_BUILD_LEVELS=1 builds only the first of x86's instruction sets, 2 the first two: for quick builds that stay on a machine, as under
+sanitizers. A library without them runs everywhere, and slower where they would have been chosen.
+
 Uses only the standard library, because the wheel's build hook runs it before anything is installed.
 """
 
@@ -27,7 +30,7 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # the last: a fault of GCC 12's own headers
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mprfchw"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-X86 = {
+X86 = {  # from the least to the most, as api.cpp counts them
     "isa_avx2.cpp": _AVX2,
     "isa_avx512.cpp": _AVX512,
     "isa_avx512_vnni.cpp": [*_AVX512, "-mavx512vnni"],
@@ -52,7 +55,9 @@ def sources() -> dict[Path, list[str]]:
     """Each translation unit of this machine's architecture with its own flags."""
     units = {HERE / name: [] for name in ("api.cpp", "lane.cpp", "program.cpp", "threads.cpp", "isa/isa_portable.cpp")}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        units |= {HERE / "isa" / name: flags for name, flags in X86.items()}
+        levels = list(X86.items())[: int(os.environ.get("PAGODA_BUILD_LEVELS", len(X86)))]
+        units |= {HERE / "isa" / name: flags for name, flags in levels}
+        units[HERE / "api.cpp"] = [f"-DPG_NUM_LEVELS={len(levels)}"]
     return units
 
 
