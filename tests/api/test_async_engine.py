@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -270,7 +271,13 @@ async def test_beams_have_a_deadline_too() -> None:
 async def test_a_slow_reader_is_given_up_alone() -> None:
     """What waits for it is bounded; who reads, or wants the end only, has the same answer as ever."""
     async with running(max_pending_nbytes=500) as (engine, fake):
-        prompt = "x" * 60
+        sample, prompt = fake.executor.sample, "x" * 60
+
+        def in_its_time(*args: Any) -> Any:
+            time.sleep(0.003)  # as a model takes; at full speed whoever reads would be too slow, too, on a busy machine
+            return sample(*args)
+
+        fake.executor.sample = in_its_time  # type: ignore[method-assign]
         async with aclosing(engine.generate(prompt, params(), "slow")) as slow:
             seen = [await anext(slow)]
             others = await asyncio.gather(collect(engine, prompt, params(), "quick"), collect(engine, prompt, params(FINAL), "patient"))
