@@ -1,4 +1,4 @@
-"""Loading without collections of garbage: it makes a million objects that stay, and looking through them costs a tenth of a start."""
+"""Loading without collections of garbage: it makes hundreds of thousands of objects that stay, and looking through them costs a tenth of a start."""
 
 from __future__ import annotations
 

@@ -32,8 +32,6 @@ class Feed {
     // Before each run tokens[i] becomes drawn[source[i]] wherever source[i] >= 0, for the T tokens. `drawn` has R rows.
     void follow(int32_t* tokens, const int32_t* source, const int32_t* drawn) { tokens_ = tokens, source_ = source, drawn_ = drawn; }
 
-    bool is_empty() const { return inputs_.empty(); }
-
     void hold(Held& held, const int64_t rows_of[4]) const {
         memcpy(held.rows, rows_of, sizeof held.rows);
         int64_t need = 0;

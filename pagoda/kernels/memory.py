@@ -52,20 +52,22 @@ def allocate(nbytes: int) -> np.ndarray:
 def touch(arrays: Sequence[np.ndarray]) -> threading.Thread:
     """Has the system find and clear the first huge page of each array, in a thread. A page takes 0.2 ms, or several where a virtual
     machine's host has to find it too: for a cache of many planes a good part of a start, which may as well pass beside it."""
-    places = [(array.ctypes.data, min(array.nbytes, _HUGE)) for array in arrays]
-    thread = threading.Thread(target=_populate, args=(places,), name="touch", daemon=True)
+    thread = threading.Thread(target=_populate, args=(arrays,), name="touch", daemon=True)
     thread.start()
     return thread
 
 
-def _populate(places: Sequence[tuple[int, int]]) -> None:
-    """Whole pages within each place. The call leaves the interpreter to others meanwhile, as a write from numpy would not."""
+def _populate(arrays: Sequence[np.ndarray]) -> None:
+    """Whole pages of each array's beginning. The call leaves the interpreter to others meanwhile, as a write from numpy would not."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     page = mmap.PAGESIZE
-    for address, nbytes in places:
+    for array in arrays:
+        address = array.ctypes.data
         start = -(-address // page) * page
-        length = (address + nbytes - start) // page * page
-        if madvise is None or length <= 0 or madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE):
+        length = (address + min(array.nbytes, _HUGE) - start) // page * page
+        if length <= 0:
+            continue
+        if madvise is None or madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE):
             return  # a system that cannot: pages come when they are first written
 
 
