@@ -7,16 +7,16 @@
 
 constexpr int kTileRows = 6;     // rows x panels of accumulators a float product keeps in registers
 constexpr int kTilePanels = 4;
-constexpr int kLonePanels = 4;   // panels of one row
+constexpr int kLonePanels = 1;   // panels of one row: side by side memory is slower
 constexpr int kBlockRows = 6;    // the same of a block-quantised product
 constexpr int kBlockPanels = 2;
-constexpr int kStoredRows = 8;   // rows x 1 panel of one read where it is stored
-constexpr int kUnpackRows = 48;   // with more rows than these panels are unpacked first
+constexpr int kStoredRows = 11;  // rows x 1 panel of one read where it is stored
+constexpr int kUnpackRows = 1 << 30;   // with more rows than these panels are unpacked first: never, since 11 rows share what it costs
 constexpr int kI8Rows = 12;      // rows x panels of accumulators of a product with one scale an output
 constexpr int kI8Panels = 2;
-constexpr int kLoneI8Panels = 2;
+constexpr int kLoneI8Panels = 1;
 constexpr int kFetchSteps = 1;     // steps of a float product between two looks at what is to be fetched
-constexpr int64_t kRowsBytes = int64_t(1) << 40;   // rows that are multiplied with all panels before others: what the second cache keeps
+constexpr int64_t kRowsBytes = 512 << 10;   // rows that are multiplied with all panels before others: half of the second cache
 
 typedef __m512 f32x16;
 typedef __m512i i32x16;

@@ -76,7 +76,7 @@ struct Q6_K {
 };
 
 template <class Format>
-PG_INLINE int64_t panel_bytes(int64_t k) { return k / Format::kUnit * Format::kBytes; }
+PG_INLINE int64_t bytes_of_panel(int64_t k) { return k / Format::kUnit * Format::kBytes; }
 
 // Eight vectors of bytes as they are.
 struct Bytes {

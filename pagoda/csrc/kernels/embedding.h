@@ -46,7 +46,7 @@ struct embedding_op : SimpleOp {
                 return;
             }
         }
-#define PG_READ(Format, Act) read_blocks<Format>(w + panel * panel_bytes<Format>(k), lane, k, y)
+#define PG_READ(Format, Act) read_blocks<Format>(w + panel * bytes_of_panel<Format>(k), lane, k, y)
         PG_BLOCK_FORMAT(table.dtype, PG_READ)
 #undef PG_READ
     }

@@ -90,13 +90,10 @@ struct linear_op {
         if (unpacks(c)) return multiply_unpacked(c, x, tid, num_threads);
         if (c.t[1].dtype == PG_W_F32 || c.t[1].dtype == PG_W_BF16) return multiply_floats(c, x, tid, num_threads);
         if (c.t[1].dtype == PG_W_I8) return i8_product(c, x, finish_of(c), tid, num_threads);
-        const int64_t panels = (c.t[4].cols + 15) / 16;   // of a gated product those of the gate, each with its factor's
-        const int64_t chunk = round_up(chunk_for(panels, num_threads), panels >= 8 * num_threads ? 4 : 1);
-        while (take(c, panels, chunk, &begin, &end)) {
-            const int64_t likely = upcoming(c) + (num_threads - 1) * chunk, next = likely < panels ? likely : -1;   // the others come first
-            multiply(c, x, begin, end, c.i[1] ? begin + panels : next);
-            if (c.i[1]) multiply(c, x, begin + panels, end + panels, next);
-        }
+        const Finish finish = finish_of(c);
+#define PG_STORED(Format, Act) multiply_panels(c, StoredRows<Format, Act>(c, x, finish), tid, num_threads)
+        PG_BLOCK_FORMAT(c.t[1].dtype, PG_STORED)
+#undef PG_STORED
     }
     static Finish finish_of(const Call& c) { return {&c.t[2], &c.t[3], &c.t[4], c.t[1].rows, c.i[1]}; }
 
@@ -105,7 +102,7 @@ struct linear_op {
         const pg_tensor& w = c.t[1];
         if (!unpacks(c)) return;
         int64_t bytes = 0;
-#define PG_PANEL_BYTES(Format, Act) bytes = panel_bytes<Format>(w.cols) * kBlockPanels
+#define PG_PANEL_BYTES(Format, Act) bytes = bytes_of_panel<Format>(w.cols) * kBlockPanels
         PG_BLOCK_FORMAT(w.dtype, PG_PANEL_BYTES)
 #undef PG_PANEL_BYTES
         if ((tid + 1) * 16 * kBlockPanels > w.rows) return;
@@ -120,15 +117,6 @@ struct linear_op {
         const int64_t bytes = is_own ? row_bytes(c.t[1]) : c.t[0].stride * 4;
         if (c.t[1].dtype == PG_W_BF16) return float_product<Bf16Panels>(c, (const Factor*)rows, bytes / int64_t(sizeof(Factor)), finish, tid, num_threads);
         float_product<F32Panels>(c, (const float*)rows, bytes / 4, finish, tid, num_threads);
-    }
-
-    // Panels [begin, end); panel `next`, unless negative, is likely to be wanted after them.
-    static void multiply(const Call& c, const char* x, int64_t begin, int64_t end, int64_t next) {
-        const pg_tensor& w = c.t[1];
-        const Finish finish = finish_of(c);
-#define PG_STORED(Format, Act) stored_panels<Format, Act>(x, w, c.rows, begin, end, next, finish)
-        PG_BLOCK_FORMAT(w.dtype, PG_STORED)
-#undef PG_STORED
     }
 
     // Tasks are groups of panels; of a narrow weight, groups and parts of the rows.

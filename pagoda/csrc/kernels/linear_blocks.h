@@ -53,12 +53,12 @@ template <class Panel, int kFirst, int kCount, int S, int kRows, int kPanels>
 PG_INLINE void block_dots(const char* w, int64_t stride, int64_t b, const char* x, int64_t row_bytes, typename Panel::Act::Sum (&dots)[kRows][kPanels]) {
     if constexpr (S < kCount) {
         u8x64 v[kPanels];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int p = 0; p < kPanels; ++p) v[p] = Panel::template vector<kFirst + S>(w + p * stride, b);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int a = 0; a < kRows; ++a) {
             const i32x16 four = load_word(x + a * row_bytes + 4 * (kFirst + S));
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int p = 0; p < kPanels; ++p) dots[a][p].template add<S>(v[p], four);
         }
         block_dots<Panel, kFirst, kCount, S + 1>(w, stride, b, x, row_bytes, dots);
@@ -70,15 +70,15 @@ PG_INLINE void block_group(const char* w, int64_t stride, int64_t b, const char*
     using Block = QuantBlock<typename Panel::Act>;
     constexpr int kSteps = Panel::Act::kSteps / Panel::kGroups;
     typename Panel::Act::Sum dots[kRows][kPanels];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int a = 0; a < kRows; ++a)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int p = 0; p < kPanels; ++p) dots[a][p].begin(Panel::kHasMin ? 0 : ((const Block*)(x + a * row_bytes))->start[kGroup]);   // a minimum, no offset
     block_dots<Panel, kGroup * kSteps, kSteps, 0>(w, stride, b, x, row_bytes, dots);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int p = 0; p < kPanels; ++p) {
         const f32x16 d = Panel::scale(w + p * stride, b, kGroup);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int a = 0; a < kRows; ++a) {
             const Block& block = *(const Block*)(x + a * row_bytes);
             const i32x16 sum = dots[a][p].template end<kSteps, !Panel::kHasMin>(block.start[kGroup]);
@@ -94,26 +94,26 @@ static void block_tile(const char* x, int64_t row_bytes, const char* w, int64_t 
     Fetch ahead = next;
     finish.expect<kRows, kPanels>(r, n);
     f32x16 acc[kRows][kPanels];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int a = 0; a < kRows; ++a)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int p = 0; p < kPanels; ++p) acc[a][p] = zero();
     for (int64_t b = 0; b < num_blocks; ++b, x += sizeof(Block)) {
         ahead.some();
         block_group<Panel, 0>(w, stride, b, x, row_bytes, acc);
         if constexpr (Panel::kGroups == 2) block_group<Panel, 1>(w, stride, b, x, row_bytes, acc);
         if constexpr (Panel::kHasMin)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int p = 0; p < kPanels; ++p) {
                 const f32x16 m = Panel::minimum(w + p * stride, b);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                 for (int a = 0; a < kRows; ++a) acc[a][p] = fma(m, set1(((const Block*)(x + a * row_bytes))->dsum), acc[a][p]);
             }
     }
     next = ahead;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int a = 0; a < kRows; ++a)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int p = 0; p < kPanels; ++p)
             if (n + 16 * p < finish.num_outputs) finish(acc[a][p], r + a, n + 16 * p);
 }
@@ -140,17 +140,24 @@ static void block_rows(const char* x, int64_t row_bytes, const char* w, int64_t 
     }
 }
 
-// Few rows: panels [begin, end) are streamed one after the other; panel `after`, unless negative, is likely to come then.
+// Few rows: panels are multiplied where they are stored.
 template <class Format, class Act>
-static void stored_panels(const char* x, const pg_tensor& weight, int64_t rows, int64_t begin, int64_t end, int64_t after, const Finish& finish) {
-    const int64_t k = weight.cols, bytes = panel_bytes<Format>(k);
-    const char* w = static_cast<const char*>(weight.data);
-    for (int64_t p = begin; p < end; ++p) {
-        const int64_t ahead = p + 1 < end ? p + 1 : after;
-        Fetch next = fetch(w + ahead * bytes, ahead >= 0 ? bytes : 0, k / 32 * ((rows + kStoredRows - 1) / kStoredRows), rows <= kStoredRows);
-        block_rows<Stored<Format, Act>, 1, kStoredRows>(x, quant_row_bytes<Act>(k), w + p * bytes, bytes, k / 32, 0, rows, p * 16, next, finish);
+struct StoredRows {
+    static constexpr int kPanels = 1, kRows = kStoredRows;
+    const Call& c;
+    const char* x;
+    const Finish& finish;
+    const int64_t num_fetches, panel_bytes, row_bytes;
+
+    StoredRows(const Call& call, const char* rows, const Finish& then)
+        : c(call), x(rows), finish(then), num_fetches(c.t[1].cols / 32), panel_bytes(bytes_of_panel<Format>(c.t[1].cols)), row_bytes(quant_row_bytes<Act>(c.t[1].cols)) {}
+
+    template <int>
+    void run(int64_t panel, int64_t r, int64_t end, Fetch& next) const {
+        const char* w = static_cast<const char*>(c.t[1].data) + panel * panel_bytes;
+        block_rows<Stored<Format, Act>, 1, kRows>(x + r * row_bytes, row_bytes, w, panel_bytes, num_fetches, r, end - r, panel * 16, next, finish);
     }
-}
+};
 
 // Many rows: a group of kBlockPanels panels is unpacked into `room`, then multiplied with rows [r, r + rows). Group `next` is
 // likely to be wanted after it.
@@ -158,7 +165,7 @@ template <class Format, class Act>
 static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, int64_t rows, int64_t group, int64_t next_group, char* room,
                             const Finish& finish) {
     using Panel = UnpackedOf<Format, Act>;
-    const int64_t k = weight.cols, bytes = panel_bytes<Format>(k), panels = (weight.rows + 15) / 16, stride = k / 32 * Panel::kBytes;
+    const int64_t k = weight.cols, bytes = bytes_of_panel<Format>(k), panels = (weight.rows + 15) / 16, stride = k / 32 * Panel::kBytes;
     const int64_t row_bytes = quant_row_bytes<Act>(k), first = group * kBlockPanels, after = next_group * kBlockPanels;
     const char* w = static_cast<const char*>(weight.data);
     for (int64_t p = first; p < first + kBlockPanels && p < panels; ++p) unpack_panel<Format, Act>(w + p * bytes, k, room + (p - first) * stride);
