@@ -28,7 +28,7 @@ from pagoda.executor.uniproc import UniprocExecutor
 from pagoda.files.hub import resolve as resolve_path
 from pagoda.kernels import table as kernel_table
 from pagoda.kernels.cpu import library
-from pagoda.kernels.memory import touch
+from pagoda.kernels.memory import begin_small
 from pagoda.loader.place import HOST, Place
 from pagoda.models.catalog import ModelSource, build_model, describe
 from pagoda.models.decoder import Model
@@ -230,7 +230,7 @@ def _build_runner(
     blocks = -(-budget.max_model_len // budget.block_size)
     sizes = Sizes(max_tokens=tokens, max_seqs=min(seqs, tokens), max_rows=min(tokens, max(seqs, 64)), max_blocks=blocks)
     store = KvStore(facts, dtype=config.cache.kv_cache_dtype, block_size=budget.block_size, num_blocks=budget.num_blocks)
-    touch([side for plane in store.planes for side in (plane.k, plane.v)])
+    begin_small([side for plane in store.planes for side in (plane.k, plane.v)])
     builder = BatchBuilder(sizes, len(facts.kv_groups), budget.block_size)
     table = RequestTable(
         max_num_seqs=seqs, max_model_len=budget.max_model_len, num_groups=len(facts.kv_groups), max_blocks=blocks,

@@ -10,16 +10,17 @@ import ctypes
 import mmap
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
 
-__all__ = ["ALIGNMENT", "allocate", "touch"]
+__all__ = ["ALIGNMENT", "allocate", "begin_small"]
 
 ALIGNMENT = 64
 _HUGE = 2 << 20
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14 and later
+_USE_HUGE, _USE_SMALL, _COLLAPSE = 14, 15, 25  # MADV_HUGEPAGE, MADV_NOHUGEPAGE; MADV_COLLAPSE, of Linux 6.1 and later
 _SLAB = 32 << 20
 
 
@@ -49,26 +50,34 @@ def allocate(nbytes: int) -> np.ndarray:
     return _map(nbytes)[:nbytes]
 
 
-def touch(arrays: Sequence[np.ndarray]) -> threading.Thread:
-    """Has the system find and clear the first huge page of each array, in a thread. A page takes 0.2 ms, or several where a virtual
-    machine's host has to find it too: for a cache of many planes a good part of a start, which may as well pass beside it."""
-    thread = threading.Thread(target=_populate, args=(arrays,), name="touch", daemon=True)
+def begin_small(arrays: Sequence[np.ndarray], *, seconds: float = 1.0) -> threading.Thread | None:
+    """The first 2 MiB of each array come as small pages when they are written, and a thread makes huge ones of them after `seconds`.
+
+    A huge page takes the system 0.2 ms to clear, or several where a virtual machine's host has to find it first, and a cache has
+    planes by the dozen: the first request would wait for all of them. None where the system has no such choice.
+    """
+    spans = [(array.ctypes.data, array.ctypes.data + min(array.nbytes, _HUGE)) for array in arrays]
+    inner = [(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE) for start, stop in spans]
+    inner = [(start, stop) for start, stop in inner if start < stop]
+    if sys.platform != "linux" or not all(_advise(start, stop, _USE_SMALL) for start, stop in inner):
+        return None
+
+    def grow(kept: Sequence[np.ndarray]) -> None:
+        time.sleep(seconds)
+        for start, stop in inner:
+            _advise(start, stop, _USE_HUGE)
+        for start, stop in inner:
+            _advise(start // _HUGE * _HUGE, -(-stop // _HUGE) * _HUGE, _COLLAPSE)  # older systems do it in their own time
+        del kept
+
+    thread = threading.Thread(target=grow, args=(arrays,), name="huge-pages", daemon=True)
     thread.start()
     return thread
 
 
-def _populate(arrays: Sequence[np.ndarray]) -> None:
-    """Whole pages of each array's beginning. The call leaves the interpreter to others meanwhile, as a write from numpy would not."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-    page = mmap.PAGESIZE
-    for array in arrays:
-        address = array.ctypes.data
-        start = -(-address // page) * page
-        length = (address + min(array.nbytes, _HUGE) - start) // page * page
-        if length <= 0:
-            continue
-        if madvise is None or madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE):
-            return  # a system that cannot: pages come when they are first written
+def _advise(start: int, stop: int, advice: int) -> bool:
+    """Whether the system took it. The interpreter is left to others meanwhile."""
+    return not ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
 
 
 def _map(nbytes: int) -> np.ndarray:
