@@ -88,7 +88,7 @@ def test_a_dead_process_is_replaced_and_leaves_nothing() -> None:
         server.wait_for("HTTP is spoken by")
         url = server.url
         readings = [Reading(url, LONG | {"seed": seed, "max_tokens": 60}) for seed in range(8)]
-        assert all(reading.has_begun.wait(60) for reading in readings)
+        assert all(reading.has_begun.wait(30) for reading in readings), [(len(r.events), r.was_cut, r.is_alive()) for r in readings]
         wait_until(lambda: figure(url, r"pagoda:server_load{.*}") == 8)
         time.sleep(0.1)  # until its figures are written
         victim = api_processes(server)[0]
