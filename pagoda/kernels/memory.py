@@ -68,6 +68,7 @@ def begin_small(arrays: Sequence[np.ndarray], *, seconds: float = 1.0) -> thread
             _advise(start, stop, _USE_HUGE)
         for start, stop in inner:
             _advise(start // _HUGE * _HUGE, -(-stop // _HUGE) * _HUGE, _COLLAPSE)  # older systems do it in their own time
+            time.sleep(0.01)  # forwards that need memory wait for each
         del kept
 
     thread = threading.Thread(target=grow, args=(arrays,), name="huge-pages", daemon=True)

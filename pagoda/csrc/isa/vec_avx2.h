@@ -10,6 +10,7 @@ constexpr int kLonePanels = 4;
 constexpr int kBlockRows = 6;
 constexpr int kBlockPanels = 1;
 constexpr int kStoredRows = 3;
+constexpr int kStoredPanels = 1;
 constexpr int kUnpackRows = 6;
 constexpr int kI8Rows = 5;
 constexpr int kI8Panels = 1;

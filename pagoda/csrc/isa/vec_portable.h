@@ -11,6 +11,7 @@ constexpr int kLonePanels = 1;
 constexpr int kBlockRows = 1;
 constexpr int kBlockPanels = 1;
 constexpr int kStoredRows = 1;
+constexpr int kStoredPanels = 1;
 constexpr int kUnpackRows = 4;
 constexpr int kI8Rows = 2;
 constexpr int kI8Panels = 1;

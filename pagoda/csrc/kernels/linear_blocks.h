@@ -4,8 +4,8 @@
 // output walks K from 0 up: acc = fma(integer, dw * dx, acc), and with a minimum another fma with it and the block's
 // activation sum. So the bits are the same for any number of rows, read from storage or unpacked first.
 //
-// A few rows read each panel where it is stored. Many rows have it unpacked into scratch first, a pair of panels at a time,
-// while the next pair is fetched.
+// Rows read each panel where it is stored, as many at a time as there are registers for. Where these are few (AVX2), many rows have panels
+// unpacked into scratch first, while the next ones are fetched.
 #pragma once
 
 // A quantised row is K / 32 of these.
@@ -140,22 +140,29 @@ static void block_rows(const char* x, int64_t row_bytes, const char* w, int64_t 
     }
 }
 
-// Few rows: panels are multiplied where they are stored.
+// Panels are multiplied where they are stored, kPanels of them one after the other with a tile's rows, which stay in the first cache meanwhile.
 template <class Format, class Act>
 struct StoredRows {
-    static constexpr int kPanels = 1, kRows = kStoredRows;
+    static constexpr int kPanels = kStoredPanels, kRows = kStoredRows;
     const Call& c;
     const char* x;
     const Finish& finish;
-    const int64_t num_fetches, panel_bytes, row_bytes;
+    const int64_t num_blocks, num_fetches, panel_bytes, row_bytes;
 
     StoredRows(const Call& call, const char* rows, const Finish& then)
-        : c(call), x(rows), finish(then), num_fetches(c.t[1].cols / 32), panel_bytes(bytes_of_panel<Format>(c.t[1].cols)), row_bytes(quant_row_bytes<Act>(c.t[1].cols)) {}
+        : c(call), x(rows), finish(then), num_blocks(c.t[1].cols / 32), num_fetches(num_blocks * kPanels),
+          panel_bytes(bytes_of_panel<Format>(c.t[1].cols)), row_bytes(quant_row_bytes<Act>(c.t[1].cols)) {}
 
-    template <int>
+    template <int kCount>
     void run(int64_t panel, int64_t r, int64_t end, Fetch& next) const {
         const char* w = static_cast<const char*>(c.t[1].data) + panel * panel_bytes;
-        block_rows<Stored<Format, Act>, 1, kRows>(x + r * row_bytes, row_bytes, w, panel_bytes, num_fetches, r, end - r, panel * 16, next, finish);
+        for (int64_t tiles = (end - r + kRows - 1) / kRows; tiles > 0; --tiles) {
+            const int64_t now = (end - r + tiles - 1) / tiles;
+            for (int64_t p = 0; p < kCount; ++p)
+                tile_of<Stored<Format, Act>, 1, kRows>(now, x + r * row_bytes, row_bytes, w + p * panel_bytes, panel_bytes, num_blocks, r,
+                                                       (panel + p) * 16, next, finish);
+            r += now;
+        }
     }
 };
 
