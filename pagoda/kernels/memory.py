@@ -59,7 +59,7 @@ def begin_small(arrays: Sequence[np.ndarray], *, seconds: float = 1.0) -> thread
     spans = [(array.ctypes.data, array.ctypes.data + min(array.nbytes, _HUGE)) for array in arrays]
     inner = [(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE) for start, stop in spans]
     inner = [(start, stop) for start, stop in inner if start < stop]
-    if sys.platform != "linux" or not all(_advise(start, stop, _USE_SMALL) for start, stop in inner):
+    if sys.platform != "linux" or not [span for span in inner if _advise(*span, _USE_SMALL)]:
         return None
 
     def grow(kept: Sequence[np.ndarray]) -> None:
