@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -62,13 +63,14 @@ def parts() -> list[Part]:
         sizes = ["--requests", str(requests), "--input", str(num_input), "--output", str(num_output)]
         return [*_ENGINE, "--shape", shape, *sizes, *more]
 
+    quiet = ["-m", "pytest", "-p", "no:warnings", "--maxfail=30"]
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # most of these tests' time is a compiler's, on one core
     invariant = ["--set", "batch_invariant=true"]
     step = ("batch-1 decode step over bytes / measured bandwidth, at most 1.35", "step_over_bytes", "<=", 1.35)
     return [
         Part("environment", ["-c", _VERSIONS], 120),
-        Part("kernels against the references", ["-m", "pytest", "-q", *workers, "--maxfail=30", "-m", "not long", "tests/kernels_triton", "--ignore=tests/kernels_triton/test_aot.py"], 400),
-        Part("engine against transformers, graphs, batch invariance", ["-m", "pytest", "-q", "--maxfail=30", "tests/gpu"], 400),
+        Part("kernels against the references", [*quiet, *workers, "-m", "not long", "tests/kernels_triton", "--ignore=tests/kernels_triton/test_aot.py"], 400),
+        Part("engine against transformers, graphs, batch invariance", [*quiet, "tests/gpu"], 400),
         Part("Llama-3.1-8B shape, one request, greedy", engine("llama-3.1-8b", 1, 128, 512, "--temperature", "0", "--ceiling"), 240, step),
         Part("Llama-3.1-8B shape, one request, sampled", engine("llama-3.1-8b", 1, 128, 256, "--ceiling"), 200),
         Part("Llama-3.1-8B shape, 256 x 1024 in, 1024 out", engine("llama-3.1-8b", 256, 1024, 1024), 240,
@@ -121,7 +123,8 @@ def verdict(part: Part) -> str:
 
 
 def report(found: list[Part], path: Path) -> None:
-    lines = [f"# GPU check, {time.strftime('%Y-%m-%d %H:%M')}", "", "Command: `make gpu-check`.", ""]
+    command = f"make gpu-check ARGS={shlex.quote(' '.join(sys.argv[1:]))}" if sys.argv[1:] else "make gpu-check"
+    lines = [f"# GPU check, {time.strftime('%Y-%m-%d %H:%M')}", "", f"Command: `{command}`.", ""]
     lines += ["| part | result | seconds | bar |", "|---|---|---|---|"]
     lines += [f"| {p.name} | {p.status} | {p.took:.0f} | {verdict(p)} |" for p in found]
     rows = [p for p in found if p.figures]
@@ -157,11 +160,13 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, default=ROOT / ".whl", help="folder of wheels this Python lacks (default: .whl, if it is there)")
     parser.add_argument("--out", type=Path, default=ROOT / f"docs/benchmarks/{time.strftime('%Y-%m-%d')}-gpu-check.md")
     parser.add_argument("--only", default="", help="parts whose name has this text")
+    parser.add_argument("--without", default="", metavar="TEXT,...", help="no parts whose names have one of these texts")
     parser.add_argument("--begin", type=int, default=1, metavar="N", help="with part number N, where one command may not take as long as all of them")
     parser.add_argument("--minutes", type=float, default=BUDGET / 60)
     args = parser.parse_args()
     begun = time.monotonic()
     chosen = [part for part in parts()[args.begin - 1 :] if args.only.lower() in part.name.lower()]
+    chosen = [part for part in chosen if not any(text.lower() in part.name.lower() for text in args.without.split(",") if text)]
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(ROOT)]
         if args.wheels.is_dir():

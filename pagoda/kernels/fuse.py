@@ -2,7 +2,7 @@
 
     rms_norm  x -> h     linear       h -> y     =>    linear  x -> y, which normalises the rows where it rounds them
     linear    x -> gu    act_and_mul gu -> y     =>    linear  x -> y, which multiplies the two halves where it stores them
-    rope q, rope k, kv_write k v, attention q -> y       =>    attention  q, k, v -> y, which turns queries as it reads them and keys
+    rope q|k, kv_write k v, attention q -> y             =>    attention  q, k, v -> y, which turns queries as it reads them and keys
                                                                as it writes them
 
 With few rows every thread normalises all of them itself, which is cheaper than meeting; with many, rows go through memory once
@@ -69,36 +69,35 @@ def _with_activation(product: Step, activation: Step) -> Step | None:
 
 
 def _join_attention(steps: Sequence[Step], ends: set[int]) -> list[Step]:
-    """Puts one attention in the place of each run of rope, rope, kv_write, attention that nobody else sees into."""
+    """Puts one attention in the place of each run of rope, kv_write, attention that nobody else sees into."""
     last_read: dict[int, int] = {}
     for k, step in enumerate(steps):
         last_read |= {id(x.slot): k for i, x in enumerate(step.operands) if isinstance(x, SymArray) and i not in step.written}
     made: list[Step] = []
     k = 0
     while k < len(steps):
-        run = steps[k : k + 4]
-        joined = _with_rope(*run) if [step.op for step in run] == ["rope", "rope", "kv_write", "attention"] else None
+        run = steps[k : k + 3]
+        joined = _with_rope(*run) if [step.op for step in run] == ["rope", "kv_write", "attention"] else None
         if joined is not None:
-            turned = {id(joined.operands[i].slot) for i in (0, 7)}
-            joined = None if turned & ends or any(last_read[slot] > k + 3 for slot in turned) else joined
+            turned = id(joined.operands[0].slot)
+            joined = None if turned in ends or last_read[turned] > k + 2 else joined
         made.append(steps[k] if joined is None else joined)
-        k += 1 if joined is None else 4
+        k += 1 if joined is None else 3
     return made
 
 
-def _with_rope(first: Step, second: Step, write: Step, attention: Step) -> Step | None:
-    (q, positions, table, turned_q), (k, *same, turned_k) = first.operands, second.operands
-    written_k, v, *planes, slots = write.operands
-    asked_q, *read, out = attention.operands
-    head_dim = attention.ints[2]
-    arrays = (q, turned_q, asked_q, k, turned_k, written_k, v, out)
-    if not all(isinstance(x, SymArray) and x.slot.outside is None for x in arrays):
+def _with_rope(turn: Step, write: Step, attention: Step) -> Step | None:
+    x, positions, table, turned = turn.operands
+    k, v, *planes, slots = write.operands
+    q, *read, out = attention.operands
+    if not all(isinstance(array, SymArray) and array.slot.outside is None for array in (x, turned, q, k, v, out)):
         return None
-    at_q, at_k, at_v, at_out = (access(x) for x in (q, k, v, out))
-    is_chain = access(turned_q) == at_q == access(asked_q) and access(turned_k) == at_k == access(written_k)
-    is_same = same[0] is positions and same[1] is table and all(a is b for a, b in zip(planes, read[:2], strict=True))
-    is_same = is_same and tuple(write.ints) == tuple(attention.ints[:4]) and first.ints[0] == head_dim == second.ints[0]
-    spoilt = [(at_q, at_k), (at_q, at_v), (at_k, at_v), (at_out, at_q), (at_out, at_k), (at_out, at_v)]
+    at_x, at_q, at_k, at_v, at_out = (access(array) for array in (x, q, k, v, out))
+    is_chain = access(turned) == at_x and at_q.memory == at_k.memory == at_x.memory
+    is_chain = is_chain and (at_q.start, at_q.stop, at_k.stop) == (at_x.start, at_k.start, at_x.stop)  # it turns both, and nothing else
+    is_same = tuple(write.ints) == tuple(attention.ints[:4]) and turn.ints[0] == attention.ints[2]
+    is_same = is_same and all(a is b for a, b in zip(planes, read[:2], strict=True))
+    spoilt = [(at_x, at_v), (at_out, at_x), (at_out, at_v)]
     if not is_chain or not is_same or any(a.overlaps(b) for a, b in spoilt):
         return None
     return Step("attention", (*attention.operands, k, v, slots, positions, table), attention.ints, attention.floats)

@@ -74,19 +74,18 @@ class Attention:
                 norm.finish(place)
 
     def __call__(self, x_TD: Any, batch: Batch, *, residual: Any = None) -> Any:
-        """-> (T, hidden): attention's output projected, plus `residual`."""
+        """-> (T, hidden): attention's output projected, plus `residual`, in the place of which it is left."""
         spec = self._spec
         qkv_TE = self.qkv(x_TD)
         q_TQ, k_TK, v_TK = qkv_TE[:, self._q], qkv_TE[:, self._k], qkv_TE[:, self._v]
         if self.q_norm and self.k_norm:
             self.q_norm(q_TQ, out=q_TQ)
             self.k_norm(k_TK, out=k_TK)
-        self._rope(q_TQ, batch.positions_T)
-        self._rope(k_TK, batch.positions_T)
+        self._rope(qkv_TE[:, : self._k.stop], batch.positions_T)  # queries and keys at once
         group, plane = batch.groups[self._place.group], batch.planes[self._place.plane]
         ops.kv_write(k_TK, v_TK, plane, group.slots_T)
         o_TQ = ops.attention(
             q_TQ, plane, group.block_table_SB, batch.query_start_S1, batch.seq_lens_S,
             scale=spec.scale, head_dim=spec.head_dim, window=spec.window, soft_cap=spec.soft_cap,
         )  # fmt: skip
-        return self.out(o_TQ, residual=residual)
+        return self.out(o_TQ, residual=residual, out=residual)

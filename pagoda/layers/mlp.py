@@ -30,5 +30,5 @@ class Mlp:
         return {**self.gate_up.slots(prefix), **self.down.slots(prefix)}
 
     def __call__(self, x_TD: Any, *, residual: Any = None) -> Any:
-        """-> (T, hidden), plus `residual`."""
-        return self.down(ops.act_and_mul(self.gate_up(x_TD), self._activation), residual=residual)
+        """-> (T, hidden), plus `residual`, in the place of which it is left."""
+        return self.down(ops.act_and_mul(self.gate_up(x_TD), self._activation), residual=residual, out=residual)

@@ -35,7 +35,9 @@ def test_every_op_has_a_native_kernel(lib: library.Library) -> None:
 
 def test_the_best_instruction_set_is_chosen_and_can_be_overridden(lib: library.Library) -> None:
     code = "from pagoda.kernels.cpu.library import default; print(default().isa)"
-    assert python(code).strip() == lib.isas[-1]
+    cpu = Path("/proc/cpuinfo")
+    is_intel = cpu.is_file() and "GenuineIntel" in cpu.read_text()  # whose bfloat16 products are slower than floats
+    assert python(code).strip() == ("avx512_vnni" if is_intel and lib.isas[-1] == "avx512_bf16" else lib.isas[-1])
     assert python(code, PAGODA_ISA="portable").strip() == "portable"
     assert "must be one of" in python(code, PAGODA_ISA="mmx")
     with pytest.raises(library.LibraryUnavailable, match="unknown instruction set `mmx`"):

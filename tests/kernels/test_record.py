@@ -60,8 +60,7 @@ class Tiny:
             qkv = ops.linear(h, layer.qkv, layer.bias)
             q, kk, v = (qkv[:, a:z] for a, z in ((0, 96), (96, 128), (128, 160)))
             ops.rms_norm(q, layer.qk_norm, eps=1e-6, out=q)
-            ops.rope(q, b["positions"], self.rope, head_dim=DIM, out=q)
-            ops.rope(kk, b["positions"], self.rope, head_dim=DIM, out=kk)
+            ops.rope(qkv[:, :128], b["positions"], self.rope, head_dim=DIM, out=qkv[:, :128])
             ops.kv_write(kk, v, layer.cache, b["slots"])
             a = ops.attention(
                 q, layer.cache, b["table"], b["starts"], b["lens"], scale=0.25, head_dim=DIM, window=7 * (k % 2), soft_cap=20.0 * (k == 2)

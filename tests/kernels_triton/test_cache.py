@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pagoda.kernels import ops
+from pagoda.kernels.triton import attention as module
 from pagoda.kernels.triton.plane import DevicePlane, allocate_device_plane, device_bytes_per_block, read_device_tokens
 from tests.kernels.cases import CASES, Case, normal
 
@@ -84,6 +85,17 @@ def test_split_contexts(extras: str, dtype: Any) -> None:
     check_attention(args, kwargs)
 
 
+def test_many_sequences_are_cut_up_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = decode_inputs(torch.bfloat16, lens=[1, 700, 256, 257], group=3)
+    alone, plane = module.split_of(5, args[1]), args[1]
+    monkeypatch.setattr(module, "_MANY_PROGRAMS", 8)
+    assert (alone, module.split_of(3, plane), module.split_of(4, plane), module.split_of(4, replace(plane, fixed_tiles=True))) == (64, 64, 256, 64)
+    check_attention(args, {"scale": 0.125, "head_dim": 64})
+    # What a step may take: four sequences in three splits, or three in eleven.
+    assert module.scratch_nbytes(4, 6, 44, plane) == 4 * 3 * 6 * 11 * 66
+    assert module.scratch_nbytes(4, 6, 4, plane) == 0
+
+
 @pytest.mark.parametrize("group", [1, 4, 20])
 def test_groups_of_any_size(group: int) -> None:
     check_attention(decode_inputs(torch.bfloat16, lens=[90, 17], group=group, dim=16), {"scale": 0.25, "head_dim": 16})
@@ -130,7 +142,7 @@ def test_every_8_bit_number() -> None:
     assert torch.equal(plane.k.flatten(0, 2)[: len(x)], x.to(torch.float8_e4m3fn).view(torch.uint8))
     beyond = torch.tensor([[1e9, -1e9, 449.0, 480.0, 464.0, -465.0, 1e-9, -1e-9]])
     ops.kv_write(beyond, beyond, plane, torch.tensor([0]))
-    np.testing.assert_array_equal(read_device_tokens(plane, [0], 1)[0].flatten(), [448, -448, 448, 448, 448, -448, 0, 0])
+    np.testing.assert_array_equal(to_numpy(read_device_tokens(plane, [0], 1)[0]).flatten(), [448, -448, 448, 448, 448, -448, 0, 0])
 
 
 @dtypes

@@ -10,8 +10,8 @@ start() needs only what the device knows; there are at most T // QUERIES + S til
 programs that find no query return. Keys are read in tiles at absolute positions.
 
 When every sequence brings at most one query (T = S: decoding), contexts are cut into splits of `plane.split_tokens`
-tokens, one program each; each leaves its maximum, sum and weighted values in scratch memory, and a second kernel merges
-a query's splits in order. Prefill runs through the whole context in one program; with `plane.fixed_tiles` it computes split
+tokens, or of four times as many where sequences alone keep a GPU busy, one program each; each leaves its maximum, sum and weighted values
+in scratch memory, and a second kernel merges a query's splits in order. Prefill runs through the whole context in one program; with `plane.fixed_tiles` it computes split
 after split with decoding's tile and merges alike, so that a token's result does not depend on how it was batched.
 
     scratch   float32 (T, heads, splits, head_dim + 2): values not yet divided, then maximum and sum, in powers of two
@@ -28,6 +28,7 @@ import triton.language as tl
 from pagoda.kernels.table import implements
 from pagoda.kernels.triton.fp8 import from_e4m3
 from pagoda.kernels.triton.launch import (
+    INTERPRET,
     LOG2E,
     Arch,
     arch_of,
@@ -43,9 +44,10 @@ from pagoda.kernels.triton.launch import (
 from pagoda.kernels.triton.plane import DevicePlane
 from pagoda.kernels.triton.sdpa import sdpa_attention
 
-__all__ = ["attention", "num_splits", "scratch_nbytes"]
+__all__ = ["attention", "num_splits", "scratch_nbytes", "split_of"]
 
 Array = Any
+_MANY_PROGRAMS, _MANY_TOGETHER = 512, 4
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _merge(m, z, acc, m_other, z_other, acc_other):
 def _attend(
     q_MD, first, stop, position_M, k_head, v_head, table, page_stride, k_factor, soft_cap, window,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, FP8: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, FP8: tl.constexpr, IS_NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the keys [first, stop) that each row may see, from nothing -> maximum, sum, weighted values."""
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -91,8 +93,8 @@ def _attend(
         # What is not seen may hold anything, NaN included: it is not read.
         live = there[:, None] & (d < DIM)
         if FP8:
-            k = from_e4m3(tl.load(k_head + at, mask=live, other=0)).to(q_MD.dtype)
-            v = from_e4m3(tl.load(v_head + at, mask=live, other=0)).to(q_MD.dtype)
+            k = from_e4m3(tl.load(k_head + at, mask=live, other=0), IS_NATIVE)
+            v = from_e4m3(tl.load(v_head + at, mask=live, other=0), IS_NATIVE)
         else:
             k = tl.load(k_head + at, mask=live, other=0.0).to(q_MD.dtype)
             v = tl.load(v_head + at, mask=live, other=0.0).to(q_MD.dtype)
@@ -130,6 +132,7 @@ def _attention_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     FP8: tl.constexpr,
+    IS_NATIVE: tl.constexpr,  # the GPU converts fp8
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     s = _sequence_of(tl.program_id(0), query_start, num_seqs, QUERIES, 1)
@@ -159,6 +162,8 @@ def _attention_kernel(
     d = tl.arange(0, DIM_PAD)[None, :]
     live = real[:, None] & (d < DIM)
     q_MD = tl.load(q + token[:, None] * q_stride + head[:, None] * DIM + d, mask=live, other=0.0)
+    if FP8:  # float16 holds these keys and values exactly; no query is as large as its limit
+        q_MD = narrow(tl.clamp(q_MD.to(tl.float32), -65504.0, 65504.0), tl.float16)
     position = context + query
     table = block_table + s.to(tl.int64) * table_stride
     k_head = k_pages + kv_head.to(tl.int64) * PAGE * DIM
@@ -175,13 +180,13 @@ def _attention_kernel(
         for begin in range(index(first // SPLIT * SPLIT), index(stop), SPLIT):
             m_part, z_part, acc_part = _attend(
                 q_MD, tl.maximum(begin, first), tl.minimum(begin + SPLIT, stop), position, k_head, v_head, table, page_stride,
-                scale * k_scale, soft_cap, window, DIM, DIM_PAD, PAGE, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_CAP, FP8,
+                scale * k_scale, soft_cap, window, DIM, DIM_PAD, PAGE, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_CAP, FP8, IS_NATIVE,
             )  # fmt: skip
             m, z, acc = _merge(m, z, acc, m_part, z_part, acc_part)
     else:
         m, z, acc = _attend(
             q_MD, first, stop, position, k_head, v_head, table, page_stride,
-            scale * k_scale, soft_cap, window, DIM, DIM_PAD, PAGE, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_CAP, FP8,
+            scale * k_scale, soft_cap, window, DIM, DIM_PAD, PAGE, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_CAP, FP8, IS_NATIVE,
         )  # fmt: skip
     if NUM_SPLITS > 1:
         place = (token * (num_kv_heads * GROUP) + head) * NUM_SPLITS + tl.program_id(2)
@@ -238,15 +243,25 @@ class _Tiles(NamedTuple):
     num_stages: int
 
 
-def num_splits(table_width: int, cache: DevicePlane) -> int:
+def split_of(num_seqs: int, cache: DevicePlane) -> int:
+    """Tokens of a context that one program of a decoding step reads: more where there are many sequences, whose merging would cost a seventh."""
+    is_many = num_seqs * cache.num_kv_heads >= _MANY_PROGRAMS and not cache.fixed_tiles
+    return cache.split_tokens * (_MANY_TOGETHER if is_many else 1)
+
+
+def num_splits(table_width: int, split_tokens: int, cache: DevicePlane) -> int:
     """Splits of the longest context that a block table can hold."""
-    return cdiv(table_width * cache.block_size, cache.split_tokens)
+    return cdiv(table_width * cache.block_size, split_tokens)
 
 
-def scratch_nbytes(num_tokens: int, num_heads: int, table_width: int, cache: DevicePlane) -> int:
-    """Bytes of scratch memory a decoding step of `num_tokens` sequences takes; 0 when one split holds all."""
-    splits = num_splits(table_width, cache)
-    return 0 if splits == 1 else 4 * num_tokens * num_heads * splits * (cache.head_dim + 2)
+def scratch_nbytes(max_seqs: int, num_heads: int, table_width: int, cache: DevicePlane) -> int:
+    """Bytes of scratch memory that a decoding step of up to `max_seqs` sequences takes; 0 when one split holds all."""
+    most_alone = min(max_seqs, (_MANY_PROGRAMS - 1) // cache.num_kv_heads)  # of whom each is cut up finely
+    found = 0
+    for seqs in (max_seqs, most_alone):
+        splits = num_splits(table_width, split_of(seqs, cache), cache)
+        found = max(found, 0 if splits == 1 else 4 * seqs * num_heads * splits * (cache.head_dim + 2))
+    return found
 
 
 def _tiles(arch: Arch, num_tokens: int, num_seqs: int, group: int, splits: int, cache: DevicePlane, *, has_sinks: bool) -> _Tiles:
@@ -292,7 +307,8 @@ def attention(
         return sdpa_attention(q_TD, cache, block_table_SB, query_start_S1, seq_lens_S, scale=scale, window=window, out=out)
     tokens, seqs, heads = q_TD.shape[0], seq_lens_S.shape[0], q_TD.shape[1] // head_dim
     group = heads // cache.num_kv_heads
-    tiles = _tiles(arch_of(q_TD), tokens, seqs, group, num_splits(block_table_SB.shape[1], cache), cache, has_sinks=sinks_H is not None)
+    arch, split = arch_of(q_TD), split_of(seqs, cache)
+    tiles = _tiles(arch, tokens, seqs, group, num_splits(block_table_SB.shape[1], split, cache), cache, has_sinks=sinks_H is not None)
     scratch = out
     if tiles.num_splits > 1:
         scratch = torch.empty((tokens, heads, tiles.num_splits, head_dim + 2), dtype=torch.float32, device=q_TD.device)
@@ -304,15 +320,15 @@ def attention(
         q_TD, cache.k, cache.v, out, scratch, block_table_SB, query_start_S1, seq_lens_S, sinks,
         q_TD.stride(0), out.stride(0), block_table_SB.stride(0), seqs, float(scale), cache.k_scale, cache.v_scale,
         float(soft_cap), window, GROUP=group, DIM=head_dim, DIM_PAD=max(16, padded), PAGE=cache.block_size, BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n, SPLIT=cache.split_tokens, NUM_SPLITS=tiles.num_splits, MERGED=tiles.is_merged or (sinks_H is not None and tiles.num_splits == 1), HAS_CAP=soft_cap > 0,
-        FP8=cache.dtype == "fp8_e4m3", num_warps=tiles.num_warps, num_stages=tiles.num_stages, **flags,
+        BLOCK_N=tiles.block_n, SPLIT=split, NUM_SPLITS=tiles.num_splits, MERGED=tiles.is_merged or (sinks_H is not None and tiles.num_splits == 1), HAS_CAP=soft_cap > 0,
+        FP8=cache.dtype == "fp8_e4m3", IS_NATIVE=arch.backend == "cuda" and arch.number >= 89 and not INTERPRET, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **flags,
     )  # fmt: skip
     if tiles.num_splits > 1:
         per_program = heads & -heads  # the largest power of two that divides it
         per_program = min(per_program, 4)
         launch(
             _merge_kernel, (tokens, heads // per_program), scratch, out, query_start_S1, seq_lens_S, sinks, out.stride(0), seqs,
-            cache.v_scale, window, DIM=head_dim, DIM_PAD=max(16, padded), SPLIT=cache.split_tokens, NUM_SPLITS=tiles.num_splits,
+            cache.v_scale, window, DIM=head_dim, DIM_PAD=max(16, padded), SPLIT=split, NUM_SPLITS=tiles.num_splits,
             HEADS=per_program, num_warps=4, num_stages=2, **flags,
         )  # fmt: skip
     return out

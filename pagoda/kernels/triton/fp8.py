@@ -29,8 +29,14 @@ def to_e4m3(x):
 
 
 @triton.jit
-def from_e4m3(byte):
-    """uint8 -> float16, exact: shifted into place, the number is 2^-8 of its value, subnormal numbers included."""
-    wide = byte.to(tl.uint16)
-    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-    return half.to(tl.float16, bitcast=True) * 256.0
+def from_e4m3(byte, IS_NATIVE: tl.constexpr):
+    """uint8 -> float16, exact: shifted into place, the number is 2^-8 of its value, subnormal numbers included.
+
+    IS_NATIVE: the GPU's own instruction, from sm_89 on; the same numbers in a quarter of the instructions.
+    """
+    if IS_NATIVE:
+        return byte.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        wide = byte.to(tl.uint16)
+        half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+        return half.to(tl.float16, bitcast=True) * 256.0

@@ -5,7 +5,7 @@ that bytes are unpacked where they are used; activations are the right one.
 
     w (BLOCK_N outputs, k)  x  x^T (k, BLOCK_M rows)  ->  float32 (BLOCK_N, BLOCK_M), all of K in one order
 
-Few rows leave most of a GPU without work where there are few outputs: K is cut into parts then, as many as N and K say, each of which
+One row, plain floats or not, has a kernel without tensor cores (`one_row.py`). Few rows leave most of a GPU without work where there are few outputs: K is cut into parts then, as many as N and K say, each of which
 leaves float32 sums that a second kernel adds up in order. The order of accumulation is fixed by N and K and never by the number of rows
 (up to 16, and beyond). With `fixed_tiles` plain floats go through it too
 and the tile is always the same, so a row's result does not depend on its neighbours. Without, products of many rows with
@@ -22,7 +22,8 @@ import triton.language as tl
 
 from pagoda.kernels.table import implements
 from pagoda.kernels.triton.embedding import dequantize
-from pagoda.kernels.triton.launch import cdiv, check_rows, dot, index, launch, narrow
+from pagoda.kernels.triton.launch import arch_of, cdiv, check_rows, dot, index, launch, narrow
+from pagoda.kernels.triton.one_row import product_of_one_row
 from pagoda.kernels.triton.weight import DeviceWeight
 
 __all__ = ["MANY_ROWS", "linear", "parts_of"]
@@ -31,12 +32,13 @@ Array = Any
 MANY_ROWS = 256  # from here on a quantized weight is dequantized first
 _BLOCK_N = 64
 _FEW_ROWS = 16
-_WANTED_PROGRAMS, _MOST_PARTS, _SHORTEST_PART = 256, 8, 512
+_BLOCK_K_OF_FEW = {16: 64, 8: 128, 4: 256}
+_WANTED_PROGRAMS, _MOST_PARTS, _SHORTEST_PART = 1024, 4, 512
 _MERGED = 1024  # sums a program of the second kernel adds up
 
 
 def parts_of(num_outputs: int, width: int) -> int:
-    """Parts that K is cut into for few rows: 1, 2, 4 or 8."""
+    """Parts that K is cut into for few rows: 1, 2 or 4."""
     parts = 1
     while parts < _MOST_PARTS and cdiv(num_outputs, _BLOCK_N) * parts * 2 <= _WANTED_PROGRAMS and width // (parts * 2) >= _SHORTEST_PART:
         parts *= 2
@@ -56,15 +58,18 @@ def _add_product(
     BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr,
     BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """acc + w x^T for the WIDTH values from `k_first`, of which `q` is what the weight stores."""
-    k = k_first + tl.arange(0, WIDTH)
+    """acc + w x^T for WIDTH values from `k_first` on, of which `q` is what the weight stores: all, or of 4 bits every other 64."""
+    HALF: tl.constexpr = 64 if BITS == 4 else WIDTH
+    i = tl.arange(0, WIDTH)
+    k = k_first + i // HALF * 2 * HALF + i % HALF
     x_KM = tl.load(x + row.to(tl.int64)[None, :] * x_stride + k[:, None], mask=(row < num_rows)[None, :] & (k < width)[:, None], other=0.0)
     if BITS == 16:
         w_NK = q
     else:
-        group = (k_first // GROUP + tl.arange(0, WIDTH // GROUP)).to(tl.int64)
-        at = group[None, :] * scale_stride + col[:, None]
-        live = (col < num_outputs)[:, None] & (group >= 0)[None, :]
+        part = tl.arange(0, WIDTH // GROUP)
+        group = k_first // GROUP + part // (HALF // GROUP) * 2 * (HALF // GROUP) + part % (HALF // GROUP)
+        at = group.to(tl.int64)[None, :] * scale_stride + col[:, None]
+        live = (col < num_outputs)[:, None] & (group * GROUP < width)[None, :]
         scale = tl.load(scales + at, mask=live, other=0.0).to(tl.float32)
         w_NK = (q.to(tl.int32) - OFFSET).to(tl.float32) * _expand(scale, GROUP, BLOCK_N, WIDTH)
         if HAS_MIN:
@@ -100,10 +105,11 @@ def _linear_kernel(
         end = tl.minimum(begin + per_part, width)
     for first in range(index(begin), index(end), BLOCK_K):
         if BITS == 4:
-            byte = tl.load(line + first // 2 + tl.arange(0, BLOCK_K // 2)[None, :])
+            at = first // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+            byte = tl.load(line + at, mask=at < w_stride, other=0)
             acc = _add_product(acc, byte & 15, first, x, scales, minima, row, col, num_rows, num_outputs, width, x_stride, scale_stride,
                                BITS, GROUP, OFFSET, HAS_MIN, BLOCK_N, BLOCK_K // 2)  # fmt: skip
-            acc = _add_product(acc, byte >> 4, first + BLOCK_K // 2, x, scales, minima, row, col, num_rows, num_outputs, width, x_stride,
+            acc = _add_product(acc, byte >> 4, first + 64, x, scales, minima, row, col, num_rows, num_outputs, width, x_stride,
                                scale_stride, BITS, GROUP, OFFSET, HAS_MIN, BLOCK_N, BLOCK_K // 2)  # fmt: skip
         else:
             k = first + tl.arange(0, BLOCK_K)[None, :]
@@ -153,6 +159,10 @@ def linear(
     out: Array | None = None,
 ) -> Array:
     check_rows("linear", x=x_TK, residual=residual, out=out)
+    if x_TK.shape[0] == 1 and not weight.fixed_tiles:
+        out = torch.empty((1, weight.shape[0]), dtype=x_TK.dtype, device=x_TK.device) if out is None else out
+        product_of_one_row(x_TK, weight, bias_N, residual, out)
+        return out
     if weight.bits == 16 and not weight.fixed_tiles:
         return _library_product(x_TK, weight.data, bias_N, residual, out)
     rows = x_TK.shape[0]
@@ -163,6 +173,7 @@ def linear(
     is_few = rows <= _FEW_ROWS and not weight.fixed_tiles
     block_m = 32 if weight.fixed_tiles else 16 if is_few else 64
     parts = parts_of(num_outputs, width) if is_few else 1
+    block_k = _BLOCK_K_OF_FEW[weight.bits] if is_few and arch_of(x_TK).backend == "cuda" else 128 if weight.bits == 4 else 64
     sums = out if parts == 1 else torch.empty((parts, rows, num_outputs), dtype=torch.float32, device=x_TK.device)
     scales = weight.data if weight.scales is None else weight.scales
     bias, added = x_TK if bias_N is None else bias_N, out if residual is None else residual
@@ -172,8 +183,8 @@ def linear(
         x_TK, weight.data, scales, scales if weight.minima is None else weight.minima, bias, added, out, sums, rows, num_outputs, width,
         x_TK.stride(0), weight.data.stride(0), scales.stride(0), added.stride(0), out.stride(0),
         BITS=weight.bits, GROUP=weight.group, OFFSET=weight.offset, HAS_MIN=weight.minima is not None,
-        BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=128 if weight.bits == 4 else 64, PARTS=parts,
-        num_warps=4, num_stages=3 if weight.bits == 4 else 4, **flags,
+        BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=block_k, PARTS=parts,
+        num_warps=4, num_stages=3 if block_k > 64 else 4, **flags,
     )  # fmt: skip
     if parts > 1:
         launch(

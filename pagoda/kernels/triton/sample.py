@@ -7,7 +7,8 @@ and how many of the logits that equal it are kept, lowest ids first:
 
 A threshold is searched among the keys of floats, integers in the order of their floats: 8 candidates a round divide
 what is left of 2^32 by 8, so 11 rounds at most find the largest key at and above which there are enough tokens (top_k) or
-probability (top_p). A block without candidates is passed over. min_p is a bound on one float, and needs no pass at all.
+probability (top_p). Every thread adds up its own tokens and the row is summed once a round. min_p is a bound on one float, and needs no
+pass at all.
 
 Numbers are those of the CPU: Philox4x32-10 of (seed, position), float64 probabilities and sums. One program has one row.
 """
@@ -62,9 +63,32 @@ def _float_of(key):
 
 
 @triton.jit
-def _weight(x, best, temperature):
-    """The probability of a logit, up to a common factor that makes the largest 1."""
-    return tl.exp((x.to(tl.float64) - best) / temperature)
+def _exp2(t):
+    """2^t for t <= 0 in float64, to 12 digits: 2^n (1 + f (ln 2 + f ...)), the Taylor polynomial of 2^f with n = round(t), |f| <= 1/2.
+
+    A third of the instructions of the library's exponential; GPUs have few units for float64.
+    """
+    t = tl.maximum(t, -1000.0)
+    n = t + 6755399441055744.0  # 1.5 * 2^52: the integer is in the last bits
+    f = t - (n - 6755399441055744.0)
+    y = f * 7.054911620801123e-09 + 1.0178086009239699e-07
+    y = y * f + 1.321548679014431e-06
+    y = y * f + 1.5252733804059840e-05
+    y = y * f + 1.5403530393381610e-04
+    y = y * f + 1.3333558146428443e-03
+    y = y * f + 9.6181291076284772e-03
+    y = y * f + 5.5504108664821580e-02
+    y = y * f + 2.4022650695910072e-01
+    y = y * f + 6.9314718055994531e-01
+    y = y * f + 1.0
+    shifted = y.to(tl.int64, bitcast=True) + (n.to(tl.int64, bitcast=True) << 52)
+    return tl.where(t > -1000.0, shifted.to(tl.float64, bitcast=True), 0.0)
+
+
+@triton.jit
+def _weight(x, best, heat):
+    """The probability of a logit, up to a common factor that makes the largest 1. `heat` is log2(e) / temperature."""
+    return _exp2((x.to(tl.float64) - best) * heat)
 
 
 @triton.jit
@@ -75,18 +99,17 @@ def _load(row, col, width):
 @triton.jit
 def _best_of(row, width, BLOCK: tl.constexpr):
     """-> the largest logit, its lowest id, and whether a row holds NaN or +inf."""
-    best = tl.full((), -float("inf"), tl.float32)
-    best_id = tl.full((), 0, tl.int32)
-    is_bad = tl.full((), 0, tl.int32)
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    top_id = tl.zeros((BLOCK,), tl.int32)
+    is_bad = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, index(width), BLOCK):
         col = start + tl.arange(0, BLOCK)
         x = _load(row, col, width)
-        is_bad = tl.maximum(is_bad, tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0))
-        top = tl.max(tl.where(x == x, x, -float("inf")), axis=0)
-        at = tl.min(tl.where(x == top, col, NOWHERE), axis=0)
-        best_id = tl.where(top > best, at, best_id)
-        best = tl.maximum(best, top)
-    return best, best_id, is_bad
+        is_bad = is_bad | ((x != x) | (x == float("inf"))).to(tl.int32)
+        top_id = tl.where(x > top, col, top_id)
+        top = tl.where(x > top, x, top)
+    best = tl.max(top, axis=0)
+    return best, tl.min(tl.where(top == best, top_id, NOWHERE), axis=0), tl.max(is_bad, axis=0)
 
 
 @triton.jit
@@ -97,7 +120,7 @@ def _lowest_key(best, temperature, min_p, best_key):
     while high - low > 1:
         middle = (low + high) >> 1
         x = tl.maximum(_float_of(middle), -3.4028234663852886e38)  # keys below the lowest number are those of NaN
-        if _weight(x, best, temperature) >= min_p:
+        if tl.exp((x.to(tl.float64) - best) / temperature) >= min_p:
             high = middle
         else:
             low = middle
@@ -105,7 +128,12 @@ def _lowest_key(best, temperature, min_p, best_key):
 
 
 @triton.jit
-def _search(row, width, low, high, target, best, temperature, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _at(way, number, s):
+    return tl.where(way == number, tl.sum(s, axis=0).to(tl.float64), 0.0)
+
+
+@triton.jit
+def _search(row, width, low, high, target, best, heat, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The highest key in [low, high] at and above which the tokens weigh `target`, or `low`; and what weighs more than it.
 
     A token weighs its probability, or 1 without BY_MASS. Nothing above `high` is counted.
@@ -114,18 +142,25 @@ def _search(row, width, low, high, target, best, temperature, BY_MASS: tl.conste
     way = 1 + tl.arange(0, WAYS).to(tl.int64)
     while low < high:
         step = (high - low) // WAYS + 1
-        threshold = low + way * step
-        sums = tl.zeros((WAYS,), tl.float64)
+        # One sum a thread and way: nothing is exchanged between threads before the row is over.
+        s1 = tl.zeros((BLOCK,), tl.float64 if BY_MASS else tl.int32)
+        s2, s3, s4, s5, s6, s7, s8 = s1, s1, s1, s1, s1, s1, s1
         for start in range(0, index(width), BLOCK):
             x = _load(row, start + tl.arange(0, BLOCK), width)
             key = key_of(x)
             is_candidate = (key > low) & (key <= high)
-            if tl.max(is_candidate.to(tl.int32), axis=0) > 0:
-                one = _weight(x, best, temperature) if BY_MASS else tl.full((BLOCK,), 1.0, tl.float64)
-                one = tl.where(is_candidate, one, 0.0)
-                sums += tl.sum(tl.where(key[None, :] >= threshold[:, None], one[None, :], 0.0), axis=1)
-        sums += above
-        reached = tl.sum(((sums >= target) & (threshold <= high)).to(tl.int64), axis=0)
+            one = tl.where(is_candidate, _weight(x, best, heat), 0.0) if BY_MASS else is_candidate.to(tl.int32)
+            s1 += tl.where(key >= low + step, one, 0)
+            s2 += tl.where(key >= low + 2 * step, one, 0)
+            s3 += tl.where(key >= low + 3 * step, one, 0)
+            s4 += tl.where(key >= low + 4 * step, one, 0)
+            s5 += tl.where(key >= low + 5 * step, one, 0)
+            s6 += tl.where(key >= low + 6 * step, one, 0)
+            s7 += tl.where(key >= low + 7 * step, one, 0)
+            s8 += tl.where(key >= low + 8 * step, one, 0)
+        sums = _at(way, 1, s1) + _at(way, 2, s2) + _at(way, 3, s3) + _at(way, 4, s4) + above
+        sums += _at(way, 5, s5) + _at(way, 6, s6) + _at(way, 7, s7) + _at(way, 8, s8)
+        reached = tl.sum(((sums >= target) & (low + way * step <= high)).to(tl.int64), axis=0)
         above = tl.sum(tl.where(way == reached + 1, sums, 0.0), axis=0)
         high = tl.minimum(high, low + (reached + 1) * step - 1)
         low = low + reached * step
@@ -133,38 +168,62 @@ def _search(row, width, low, high, target, best, temperature, BY_MASS: tl.conste
 
 
 @triton.jit
-def _kept_weight(row, col, width, threshold, ties, ties_before, best, temperature):
-    """-> the weights of what is kept in a block, 0 elsewhere, and how many logits up to its end equal the threshold."""
+def _weigh_kept(row, start, width, threshold, best, heat, BLOCK: tl.constexpr):
+    """Of a block: the weights above the threshold, and which logits equal it."""
+    col = start + tl.arange(0, BLOCK)
     x = _load(row, col, width)
     key = key_of(x)
-    is_tie = ((key == threshold) & (col < width)).to(tl.int64)
-    rank = ties_before + tl.cumsum(is_tie, axis=0)
-    is_kept = (key > threshold) | ((is_tie > 0) & (rank <= ties))
-    return tl.where(is_kept & (x > -float("inf")), _weight(x, best, temperature), 0.0), ties_before + tl.sum(is_tie, axis=0)
+    w = tl.where((key > threshold) & (x > -float("inf")), _weight(x, best, heat), 0.0)
+    return w, ((key == threshold) & (col < width)).to(tl.int32)
 
 
 @triton.jit
-def _draw(row, width, threshold, ties, u, best, temperature, BLOCK: tl.constexpr):
-    """The first kept id whose cumulative weight exceeds u times all of it."""
-    total = u * 0
-    seen = threshold * 0
+def _weight_of_key(key, best, heat):
+    """What a logit with this key weighs; LOWEST is no number's key."""
+    x = tl.where(key > LOWEST, _float_of(key), -float("inf"))
+    return tl.where(x > -float("inf"), _weight(x, best, heat), 0.0)
+
+
+@triton.jit
+def _total(row, width, threshold, ties, best, heat, BLOCK: tl.constexpr):
+    """The weight of all that is kept."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    num_ties = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, index(width), BLOCK):
-        w, seen = _kept_weight(row, start + tl.arange(0, BLOCK), width, threshold, ties, seen, best, temperature)
-        total += tl.sum(w, axis=0)
-    carry = u * 0
-    seen = threshold * 0
-    found = tl.full((), NOWHERE, tl.int32)
-    last = tl.full((), 0, tl.int32)
+        w, is_tie = _weigh_kept(row, start, width, threshold, best, heat, BLOCK)
+        total += w
+        num_ties += is_tie
+    kept = tl.minimum(tl.sum(num_ties, axis=0).to(tl.int64), ties)
+    return tl.sum(total, axis=0) + kept.to(tl.float64) * _weight_of_key(threshold, best, heat)
+
+
+@triton.jit
+def _draw(row, width, threshold, ties, u, best, heat, BLOCK: tl.constexpr):
+    """The first kept id whose cumulative weight exceeds u times all of it."""
+    target = u * _total(row, width, threshold, ties, best, heat, BLOCK)
+    one = _weight_of_key(threshold, best, heat)
+    # The block in which the sum gets there, or the last in which anything is kept; what comes before it.
     start = tl.full((), 0, tl.int32)
-    while (found == NOWHERE) & (start < width):
-        col = start + tl.arange(0, BLOCK)
-        w, seen = _kept_weight(row, col, width, threshold, ties, seen, best, temperature)
-        mass = carry + tl.cumsum(w, axis=0)
-        found = tl.min(tl.where((w > 0) & (mass > u * total), col, NOWHERE), axis=0)
-        last = tl.maximum(last, tl.max(tl.where(w > 0, col, 0), axis=0))
-        carry += tl.sum(w, axis=0)
+    at = start
+    mass = u * 0
+    before = mass
+    left = ties
+    left_before = ties
+    while (start < width) & (mass <= target):
+        w, is_tie = _weigh_kept(row, start, width, threshold, best, heat, BLOCK)
+        kept = tl.minimum(tl.sum(is_tie, axis=0).to(tl.int64), left)
+        added = tl.sum(w, axis=0) + kept.to(tl.float64) * one
+        at = tl.where(added > 0, start, at)
+        before = tl.where(added > 0, mass, before)
+        left_before = tl.where(added > 0, left, left_before)
+        mass += added
+        left -= kept
         start += BLOCK
-    return tl.where(found == NOWHERE, last, found)
+    col = at + tl.arange(0, BLOCK)
+    w, is_tie = _weigh_kept(row, at, width, threshold, best, heat, BLOCK)
+    w += tl.where((is_tie > 0) & (tl.cumsum(is_tie, axis=0) <= left_before), one, 0.0)
+    found = tl.min(tl.where((w > 0) & (before + tl.cumsum(w, axis=0) > target), col, NOWHERE), axis=0)
+    return tl.where(found == NOWHERE, tl.max(tl.where(w > 0, col, 0), axis=0), found)
 
 
 @triton.jit
@@ -181,6 +240,7 @@ def _sample_kernel(
         tl.store(out + number, best_id)
     else:
         best = best_x.to(tl.float64)
+        heat = 1.4426950408889634 / temperature
         best_key = key_of(best_x)
         threshold = best_key * 0 + LOWEST
         ties = best_key * 0 + NOWHERE
@@ -189,24 +249,19 @@ def _sample_kernel(
             threshold = _lowest_key(best, temperature, min_p, best_key)
         top_k = tl.load(top_ks + number).to(tl.int64)
         if (top_k > 0) & (top_k < width):
-            threshold, above = _search(row, width, threshold, best_key, top_k.to(tl.float64), best, temperature, False, SEARCHED)
+            threshold, above = _search(row, width, threshold, best_key, top_k.to(tl.float64), best, heat, False, SEARCHED)
             ties = top_k - above.to(tl.int64)
         top_p = tl.load(top_ps + number).to(tl.float64)
         if top_p < 1:
-            total = min_p * 0
-            seen = best_key * 0
-            for start in range(0, index(width), BLOCK):
-                w, seen = _kept_weight(row, start + tl.arange(0, BLOCK), width, threshold, ties, seen, best, temperature)
-                total += tl.sum(w, axis=0)
-            target = top_p * total
+            target = top_p * _total(row, width, threshold, ties, best, heat, BLOCK)
             lowest = threshold
-            threshold, above = _search(row, width, lowest, best_key, target, best, temperature, True, SEARCHED)
-            one = _weight(tl.maximum(_float_of(threshold), -3.4028234663852886e38), best, temperature)
+            threshold, above = _search(row, width, lowest, best_key, target, best, heat, True, SEARCHED)
+            one = _weight(tl.maximum(_float_of(threshold), -3.4028234663852886e38), best, heat)
             # As many ties as reach the share; where tokens weigh nothing any number does.
             wanted = tl.maximum(tl.ceil(tl.minimum((target - above) / tl.maximum(one, 1e-300), 2.0e9)), 1.0).to(tl.int64)
             ties = tl.where(threshold > lowest, wanted, tl.minimum(wanted, ties))
         u = _uniform(tl.load(seeds + number).to(tl.uint64, bitcast=True), tl.load(positions + number).to(tl.uint64, bitcast=True))
-        tl.store(out + number, _draw(row, width, threshold, ties, u, best, temperature, BLOCK))
+        tl.store(out + number, _draw(row, width, threshold, ties, u, best, heat, BLOCK))
 
 
 @triton.jit
