@@ -131,14 +131,15 @@ class LongPrefill(Limiter):
 class PromptPace(Limiter):
     """Prompts computed beside decoding requests do not hold these up.
 
-    Without a target, each request that still has a prompt to compute brings twice as many tokens of it as requests decode in the
-    step, or MIN_TOKENS: one newcomer about doubles the time of a step, a burst of them fills it. The further into its
+    Without a target, each request that still has a prompt to compute brings SHARE times as many tokens of it as requests decode in the
+    step, or MIN_SHARE: one newcomer about doubles the time of a step (a row among more costs less than one of few), a burst of them fills it. The further into its
     context a token lies the more of that it takes: at `even_position` two tokens' worth. With a target in seconds, as many
     tokens as recent steps say fit in it. Never fewer than MIN_TOKENS in all, so that a prompt always gets on.
     """
 
-    MIN_TOKENS = 16
-    SHARE = 2
+    MIN_SHARE = 16
+    MIN_TOKENS = 8
+    SHARE = 2.5
 
     def __init__(self, target: float | None, even_position: int = 0) -> None:
         self._target = target
@@ -150,7 +151,7 @@ class PromptPace(Limiter):
         if want <= 1 or step.num_decoding == 0:
             return want
         if self._target is None:
-            share = max(self.MIN_TOKENS, self.SHARE * step.num_decoding) * (step.num_eligible - step.num_decoding)
+            share = max(self.MIN_SHARE, int(self.SHARE * step.num_decoding)) * (step.num_eligible - step.num_decoding)
             left = (share - step.prompt_cost) / self._cost(req)
         else:
             left = self._allowance(self._target) - step.num_prompt_tokens

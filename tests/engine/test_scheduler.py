@@ -366,7 +366,7 @@ def test_same_arrivals_give_the_same_plans_byte_for_byte(groups: tuple[KvGroup, 
     assert replay() == replay()
 
 
-def test_a_newcomer_gets_twice_as_many_tokens_as_requests_decode() -> None:
+def test_a_newcomer_gets_a_share_of_how_many_requests_decode() -> None:
     h = Harness(max_num_batched_tokens=256, num_blocks=200, max_num_seqs=40)
     for i in range(20):
         h.add(f"d{i}", [i + 1] * 4, max_tokens=30)
@@ -374,7 +374,7 @@ def test_a_newcomer_gets_twice_as_many_tokens_as_requests_decode() -> None:
     h.step()
     h.add("newcomer", [9] * 90, max_tokens=2)
     h.step()
-    assert h.executor.plans[-1].scheduled[-1].num_planned == 40
+    assert h.executor.plans[-1].scheduled[-1].num_planned == 50
     h.run()
     h.check_all()
 
@@ -421,7 +421,7 @@ def test_the_further_into_its_context_a_prompt_is_the_fewer_tokens_it_gets() -> 
     shares = []
     for req.num_tokens_computed in (0, 1000, 9000):
         shares.append(pace.cap(req, 500, step))  # type: ignore[arg-type]
-    assert shares == [40, 20, PromptPace.MIN_TOKENS]
+    assert shares == [50, 25, PromptPace.MIN_TOKENS]
 
 
 def test_pace_learns_from_step_times_when_there_is_a_target() -> None:

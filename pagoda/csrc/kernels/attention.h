@@ -41,7 +41,7 @@ struct AttentionSizes {
 // states are merged in a second phase; any other is one task per (head, tile of rows).
 struct AttentionWork : AttentionSizes {
     struct Sequence {
-        int64_t index, start, queries, keys, tiles, first_part, parts, shared_row, before, tasks;   // parts 0: not shared out
+        int64_t index, start, queries, keys, per, tiles, first_part, parts, shared_row, before, tasks;   // parts 0: not shared out
         int64_t bundle;   // key-value heads of a task
     };
 
@@ -83,7 +83,7 @@ struct AttentionWork : AttentionSizes {
         int64_t sequence = 0, head = 0, heads = 0, key = 0, end = 0;
     };
     Place place(int64_t n) const {
-        const int64_t first_row = at.parts ? 0 : tile_of(n) * per, to = at.keys - at.queries + first_row / group + 1;
+        const int64_t first_row = at.parts ? 0 : tile_of(n) * at.per, to = at.keys - at.queries + first_row / group + 1;
         const int64_t low = window > 0 && to > window ? to - window : 0, part = at.parts ? (at.first_part + tile_of(n)) * kPart : 0;
         return {at.index, head_of(n), heads_of(n), part > low ? part : low, at.keys};
     }
@@ -102,7 +102,12 @@ struct AttentionWork : AttentionSizes {
         at.start = starts[index];
         at.queries = starts[index + 1] - starts[index];
         at.keys = lens[index];
+        at.per = per;
         at.tiles = (at.queries * group + per - 1) / per;
+        if (at.tiles > 1 && group < kRows) {   // of like size: a few tasks end together then
+            at.per = (at.queries + at.tiles - 1) / at.tiles * group;
+            at.tiles = (at.queries * group + at.per - 1) / at.per;
+        }
         const int64_t fit = at.tiles == 1 && at.queries > 0 ? kRows / (at.queries * group) : 1;
         at.bundle = fit < 1 ? 1 : fit < most_heads ? fit : most_heads;
         at.tasks = at.tiles * ((heads + at.bundle - 1) / at.bundle);
@@ -254,9 +259,9 @@ struct Attention : AttentionSizes {
 
     void task(const AttentionWork& work, int64_t n) {
         const AttentionWork::Sequence& at = work.at;
-        const int64_t head = work.head_of(n), num_heads = work.heads_of(n), tile = work.tile_of(n), first = at.parts ? 0 : tile * work.per;
+        const int64_t head = work.head_of(n), num_heads = work.heads_of(n), tile = work.tile_of(n), first = at.parts ? 0 : tile * at.per;
         const int64_t left = at.queries * group - first;
-        const int per_head = int(left < work.per ? left : work.per), rows = int(num_heads) * per_head;
+        const int per_head = int(left < at.per ? left : at.per), rows = int(num_heads) * per_head;
         int64_t low = INT64_MAX, high = 0;
         for (int a = 0; a < rows; ++a) {
             const int64_t r = first + a % per_head, own = head + a / per_head;
