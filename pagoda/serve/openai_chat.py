@@ -14,6 +14,7 @@ import msgspec
 
 from pagoda import __version__
 from pagoda.base.errors import InvalidRequest
+from pagoda.base.prepared import prepared
 from pagoda.base.types import CompletionOutput, RequestMetrics, RequestOutput, Thinking
 from pagoda.serve.context import ModelContext
 from pagoda.serve.errors import from_msgspec
@@ -154,7 +155,7 @@ def check_messages(messages: list[dict[str, Any]]) -> None:
     for i, raw in enumerate(messages):
         where = f"messages[{i}]"
         try:
-            message = msgspec.convert(raw, ChatMessage)
+            message = msgspec.convert(raw, prepared(ChatMessage))
         except msgspec.ValidationError as exc:
             raise from_msgspec(exc, where) from None
         if message.content is None and not (message.role == "assistant" and message.tool_calls):

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from pagoda.base.errors import InvalidRequest
+from pagoda.base.prepared import prepared
 from pagoda.base.types import (
     RepetitionDetection,
     RequestMetrics,
@@ -266,7 +267,7 @@ def decode_body(raw: bytes, kind: type[T]) -> tuple[T, list[str]]:
     """The body as `kind` and warnings about fields that were not used. Raises InvalidRequest (400) naming the field."""
     try:
         given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        body = msgspec.json.decode(raw, type=kind)
+        body = msgspec.json.decode(raw, type=prepared(kind))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise from_msgspec(exc) from None
     warnings: list[str] = []

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pagoda.base.errors import InvalidRequest
+from pagoda.base.prepared import prepared
 from pagoda.base.types import StructuredOutputsParams
 from pagoda.structured.json_schema import Normalizer, check_size, without_patterns
 from pagoda.structured.tags import tags_to_lark
@@ -41,7 +42,7 @@ def translate(params: StructuredOutputsParams) -> Translated:
 def _translate(encoded: bytes) -> Translated:
     if len(encoded) > MAX_TEXT:
         raise InvalidRequest(f"the schema or grammar has more than {MAX_TEXT} characters", param=_PARAM)
-    params = msgspec.json.decode(encoded, type=StructuredOutputsParams)
+    params = msgspec.json.decode(encoded, type=prepared(StructuredOutputsParams))
     if params.json is not None or params.json_object:
         return _from_schema({"type": "object"} if params.json is None else _schema(params.json), params)
     if params.structural_tag is not None:
