@@ -23,7 +23,7 @@ from pagoda.base.types import DrawsAhead, EngineOutput, FinishReason, GenerateRe
 from pagoda.engine.admission import Admission
 from pagoda.engine.grammars import Compiler, Grammars, jump_forward
 from pagoda.engine.kv_manager import KvManager
-from pagoda.engine.limits import ScheduledRequest, Step
+from pagoda.engine.limits import ScheduledRequest, Step, even_position_of
 from pagoda.engine.request import Request
 from pagoda.engine.scheduler import Scheduler
 from pagoda.engine.stats import EngineStats, StatsRecorder
@@ -81,9 +81,7 @@ class EngineCore:
             enable_prefix_caching=config.cache.enable_prefix_caching, watermark=config.scheduler.watermark,
             max_tokens_per_step=int(config.scheduler.max_num_batched_tokens or 0) * pipeline_depth,
         )  # fmt: skip
-        # Products of 8-bit activations do 2.5 times as many multiplications a second as attention does, others about as many.
-        even_position = facts.even_position * 2 // 5 if config.model.linear_activations == "int8" else facts.even_position
-        self._scheduler = Scheduler(config.scheduler, config.model.max_model_len, max_logits_rows, self._kv, even_position)
+        self._scheduler = Scheduler(config.scheduler, config.model.max_model_len, max_logits_rows, self._kv, even_position_of(config, facts))
         self._admission = Admission(config, facts, self._kv, max_logits_rows)
         self._recorder = StatsRecorder(config.model.max_model_len, num_blocks - 1)
         self._grammars = None if compiler is None else Grammars(compiler, clock)

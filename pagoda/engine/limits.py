@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import heapq
 
-from pagoda.base.config import SchedulerConfig
+from pagoda.base.config import EngineConfig, SchedulerConfig
 from pagoda.base.hashing import BlockHash
 from pagoda.base.plan import NewRequest, Scheduled, StepPlan
+from pagoda.base.types import ModelFacts
 from pagoda.engine.fence import Fence
 from pagoda.engine.request import Request, RequestState
 
@@ -25,6 +26,7 @@ __all__ = [
     "Slots",
     "Step",
     "TokenBudget",
+    "even_position_of",
     "make_limiters",
 ]
 
@@ -126,6 +128,15 @@ class LongPrefill(Limiter):
 
     def cap(self, req: Request, want: int, step: Step) -> int:
         return self._threshold if want > self._threshold and step.num_eligible > 1 else want
+
+
+def even_position_of(config: EngineConfig, facts: ModelFacts) -> int:
+    """Where in a context attention takes as long for a token as the layers' weights do; 0: unknown.
+
+    Products of 8-bit activations do 2.5 times as many multiplications a second as attention does (measured on AVX2 and AVX-512), others
+    about as many.
+    """
+    return facts.even_position * 2 // 5 if config.model.linear_activations == "int8" else facts.even_position
 
 
 class PromptPace(Limiter):
