@@ -1,7 +1,8 @@
 """Build hook: compiles the native library into the package and tags the wheel for this platform.
 
 With a C++ compiler the wheel is `py3-none-<platform>`: one for every Python, because the library is plain C called
-through ctypes. Without one the wheel is pure; the package then runs on its numpy references and says so.
+through ctypes. It has every instruction set of its architecture; an editable install, which stays here, those of this machine. Without
+a compiler the wheel is pure; the package then runs on its numpy references and says so.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class NativeLibrary(BuildHookInterface[Any]):
             return
         native = _build_module(Path(self.root))
         try:
-            library = native.build()
+            library = native.build(levels=native.levels_here() if version == "editable" else len(native.X86))
         except native.BuildError as error:
             self.app.display_warning(f"native library not built, the package will run on its numpy references:\n{error}")
             return

@@ -1,10 +1,11 @@
 """Builds the native library: one object per instruction set, linked into one shared library, with any C++20 compiler.
 
-    python pagoda/csrc/build.py            builds pagoda/kernels/cpu/libpagoda.so when sources or flags changed
-    python pagoda/csrc/build.py --force    builds it in any case
+    python pagoda/csrc/build.py            builds pagoda/kernels/cpu/libpagoda.so for this machine when sources or flags changed
+    python pagoda/csrc/build.py --all      for every machine of its architecture, as wheels are
+    python pagoda/csrc/build.py --force    in any case
 
-PAGODA_BUILD_LEVELS=1 builds only the first of x86's instruction sets, 2 the first two: for quick builds that stay on a machine, as under
-sanitizers. A library without them runs everywhere, and slower where they would have been chosen.
+A library for this machine leaves out the instruction sets that its processor lacks, each minutes of compiling; one that does so runs everywhere,
+and slower where they would have been chosen. PAGODA_BUILD_LEVELS=1 builds only the first of x86's instruction sets, 2 the first two.
 
 Uses only the standard library, because the wheel's build hook runs it before anything is installed.
 """
@@ -14,13 +15,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["LIBRARY", "BuildError", "build", "build_roofline", "find_compiler"]
+__all__ = ["LIBRARY", "BuildError", "build", "build_roofline", "find_compiler", "levels_here"]
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "kernels" / "cpu"
@@ -38,6 +40,9 @@ X86 = {  # from the least to the most, as api.cpp counts them
 }
 
 
+_NEEDED = [{"avx2", "fma", "f16c"}, {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {"avx512_vnni"}, {"avx512_bf16"}]  # as Linux calls them
+
+
 class BuildError(RuntimeError):
     """The compiler failed; the message holds the command and what the compiler said."""
 
@@ -51,18 +56,30 @@ def find_compiler() -> str | None:
     return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
-def sources() -> dict[Path, list[str]]:
+def levels_here(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
+    """How many of X86 this processor has; all of them where the system does not say."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is None:
+        return len(X86)
+    flags = set(found[1].split())
+    return next((level for level, needed in enumerate(_NEEDED) if not needed <= flags), len(X86))
+
+
+def sources(levels: int = len(X86)) -> dict[Path, list[str]]:
     """Each translation unit of this machine's architecture with its own flags."""
     units = {HERE / name: [] for name in ("api.cpp", "lane.cpp", "program.cpp", "threads.cpp", "isa/isa_portable.cpp")}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        levels = list(X86.items())[: int(os.environ.get("PAGODA_BUILD_LEVELS", len(X86)))]
-        units |= {HERE / "isa" / name: flags for name, flags in levels}
-        units[HERE / "api.cpp"] = [f"-DPG_NUM_LEVELS={len(levels)}"]
+        chosen = list(X86.items())[: int(os.environ.get("PAGODA_BUILD_LEVELS", levels))]
+        units |= {HERE / "isa" / name: flags for name, flags in chosen}
+        units[HERE / "api.cpp"] = [f"-DPG_NUM_LEVELS={len(chosen)}"]
     return units
 
 
-def _fingerprint(compiler: str) -> str:
-    digest = hashlib.sha256(" ".join([compiler, platform.machine(), *FLAGS, *WARNINGS, repr(sources())]).encode())
+def _fingerprint(compiler: str, units: dict[Path, list[str]]) -> str:
+    digest = hashlib.sha256(" ".join([compiler, platform.machine(), *FLAGS, *WARNINGS, repr(units)]).encode())
     digest.update(subprocess.run([*compiler.split(), "--version"], capture_output=True, check=False).stdout)
     for path in sorted([*HERE.rglob("*.h"), *HERE.rglob("*.cpp")]):
         digest.update(path.read_bytes())
@@ -77,20 +94,21 @@ def _run(command: list[str]) -> None:
         sys.stderr.write(done.stderr)
 
 
-def build(*, jobs: int = 2, force: bool = False) -> Path:
-    """Builds the library unless it is up to date, and returns its path. BuildError without or from the compiler."""
+def build(*, levels: int = len(X86), force: bool = False) -> Path:
+    """Builds the library with the first `levels` of X86 unless it is up to date, and returns its path. BuildError without or from the compiler."""
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler: set CXX, or install g++ or clang++")
     stamp = HERE / "build" / "stamp"
-    fingerprint = _fingerprint(compiler)
+    chosen = sources(levels)
+    fingerprint = _fingerprint(compiler, chosen)
     if not force and LIBRARY.exists() and stamp.exists() and stamp.read_text() == fingerprint:
         return LIBRARY
     objects = HERE / "build"
     objects.mkdir(exist_ok=True)
     command = [*compiler.split(), *FLAGS, *WARNINGS, f"-I{HERE}"]
-    units = [(path, flags, objects / f"{path.stem}.o") for path, flags in sources().items()]
-    with ThreadPoolExecutor(jobs) as pool:
+    units = [(path, flags, objects / f"{path.stem}.o") for path, flags in chosen.items()]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(lambda unit: _run([*command, *unit[1], "-c", str(unit[0]), "-o", str(unit[2])]), reversed(units)))
     static = [] if sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
     fresh = LIBRARY.with_suffix(f".{os.getpid()}.tmp")
@@ -115,6 +133,6 @@ def build_roofline() -> Path:
 
 if __name__ == "__main__":
     try:
-        print(build(force="--force" in sys.argv))
+        print(build(levels=len(X86) if "--all" in sys.argv else levels_here(), force="--force" in sys.argv))
     except BuildError as error:
         sys.exit(str(error))
