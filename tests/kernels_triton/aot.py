@@ -184,11 +184,11 @@ def _preparing(slots: int, num_groups: int) -> None:
 
 
 def launches(model: Model, target: str) -> list[Launch]:
-    """Every launch of a decoding step of 256, of one row, of a prefill and of sampling, with the tiles of `target`."""
+    """Every launch of a decoding step of 256, of 8, of one row, of a prefill and of sampling, with the tiles of `target`."""
     gpu = TARGETS[target]
     arch = Arch(gpu.backend, int(str(gpu.arch).removeprefix("gfx")))
     with table.backend("cuda"), collect(arch) as found:
-        for tokens, seqs in ((256, 256), (1, 1), (160, 4)):
+        for tokens, seqs in ((256, 256), (8, 8), (1, 1), (160, 4)):
             _forward(model, tokens, seqs)
         _sampling(model, 256)
         _preparing(256, 2 if model.window else 1)

@@ -12,10 +12,11 @@ from pagoda.kernels.triton import (
     linear,
     logits,
     norm,
+    one_row,
     pointwise,
     prepare,
     rope,
     sample,
 )
 
-__all__ = ["activation", "attention", "embedding", "kv_write", "linear", "logits", "norm", "pointwise", "prepare", "rope", "sample"]
+__all__ = ["activation", "attention", "embedding", "kv_write", "linear", "logits", "norm", "one_row", "pointwise", "prepare", "rope", "sample"]
