@@ -48,7 +48,7 @@ struct AttentionWork : AttentionSizes {
     const Call& c;
     const int64_t heads, group, window;
     const int32_t *starts, *lens;
-    int64_t per, share, room, most_heads, index = -1, before = 0, used = 0;
+    int64_t per, share, room, most_heads, turn = -1, before = 0, used = 0;
     Sequence at{};
 
     AttentionWork(const Call& call, int num_threads)
@@ -88,11 +88,16 @@ struct AttentionWork : AttentionSizes {
         return {at.index, head_of(n), heads_of(n), part > low ? part : low, at.keys};
     }
 
-    // Moves to the next sequence; false after the last one.
+    // Moves to the next sequence; false after the last one. Those of several tiles come first, so that what is left to the end is small.
     bool advance() {
         before += at.tasks;
         at = {};
-        if (++index >= c.t[5].rows) return false;
+        const int64_t num_sequences = c.t[5].rows;
+        int64_t index;
+        do {
+            if (++turn >= 2 * num_sequences) return false;
+            index = turn < num_sequences ? turn : turn - num_sequences;
+        } while ((is_right(index) && (starts[index + 1] - starts[index]) * group > per) != (turn < num_sequences));
         at.index = index;
         at.before = before;
         if (!is_right(index)) {
@@ -129,8 +134,8 @@ struct AttentionWork : AttentionSizes {
     bool writes_own() {
         int64_t rows = 0;
         while (advance()) {
-            if (!is_right(index) || at.start != rows || at.tiles > 1 || at.parts) return false;
-            const int32_t* table = row<int32_t>(c.t[3], index);
+            if (!is_right(at.index) || at.start != rows || at.tiles > 1 || at.parts) return false;
+            const int32_t* table = row<int32_t>(c.t[3], at.index);
             for (int64_t p = at.keys - at.queries; p < at.keys; ++p, ++rows) {
                 const int64_t page = p / c.i[0];
                 if (page >= c.t[3].cols || index_at(c.t[9], rows) != table[page] * c.i[0] + p % c.i[0]) return false;
@@ -141,14 +146,15 @@ struct AttentionWork : AttentionSizes {
 
     // Moves to the sequence of a task. False when there is no such task.
     bool find(int64_t task) {
-        if (task < at.before || index < 0 || index >= c.t[5].rows) {
-            index = -1;
+        const int64_t end = 2 * c.t[5].rows;
+        if (task < at.before || turn < 0 || turn >= end) {
+            turn = -1;
             before = used = 0;
             at = {};
         }
-        while (index < 0 || (index < c.t[5].rows && task >= before + at.tasks))
+        while (turn < 0 || (turn < end && task >= before + at.tasks))
             if (!advance()) return false;
-        return index < c.t[5].rows;
+        return turn < end;
     }
 };
 
