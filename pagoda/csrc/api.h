@@ -15,7 +15,7 @@ extern "C" {
 #define PG_EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { PG_MAX_TENSORS = 12, PG_MAX_INTS = 5, PG_MAX_FLOATS = 2 };
+enum { PG_MAX_TENSORS = 12, PG_MAX_INTS = 9, PG_MAX_FLOATS = 2 };
 
 // Element types. The PG_W_* are packed weight formats, drawn in pagoda/kernels/weight.py.
 enum pg_dtype {

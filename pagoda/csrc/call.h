@@ -66,6 +66,9 @@ static inline int64_t index_at(const pg_tensor& t, int64_t i) {
     return t.dtype == PG_I64 ? static_cast<const int64_t*>(t.data)[i] : static_cast<const int32_t*>(t.data)[i];
 }
 
+// Bytes of the last cache, which all threads share; a guess where the system does not say.
+int64_t last_level_bytes();
+
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 }  // namespace pg

@@ -25,6 +25,12 @@ static inline const char* rms_norm(const Call& c) {
     if (!c.t[1].data || c.t[1].dtype != PG_F32 || c.t[1].rows < 1) return "rms_norm: weight must be float32";
     return c.t[0].cols % c.t[1].rows ? "rms_norm: the weight's length must divide the width" : nullptr;
 }
+static inline const char* cache(const pg_tensor& k, const pg_tensor& v, const int64_t* i) {
+    if (!k.data || !v.data || k.dtype != v.dtype || (k.dtype != PG_F32 && k.dtype != PG_BF16 && k.dtype != PG_U8)) return "the cache must be float32, bfloat16 or bytes";
+    if (i[0] < 16 || i[0] % 16 || i[1] < 1 || i[2] < 2 || i[2] % 2 || i[2] > 512 || i[3] < 1) return "the cache's sizes are out of range";
+    if (k.dtype == PG_U8 && i[2] % 4) return "a cache of bytes needs heads of a multiple of 4";
+    return nullptr;
+}
 static inline const char* linear(const Call& c) {
     const pg_tensor *x = &c.t[0], *w = &c.t[1], *bias = &c.t[2], *residual = &c.t[3], *out = &c.t[4], *norm = &c.t[5];
     if (!packed(*w) || !blocks_fit(*w)) return "linear: not a packed weight";
@@ -35,19 +41,16 @@ static inline const char* linear(const Call& c) {
     if (!activations(*out) || out->cols != (c.i[1] ? w->rows / 2 : w->rows)) return "linear: out must be float32, with one column per weight row (gated: two)";
     if (bias->data && (bias->dtype != PG_F32 || bias->rows != w->rows)) return "linear: bias must be float32, one per weight row";
     if (residual->data && (!activations(*residual) || residual->cols != w->rows)) return "linear: residual must be shaped as out";
-    return nullptr;
+    if (!c.t[6].data) return nullptr;
+    if (const char* wrong = cache(c.t[6], c.t[7], c.i + 2)) return wrong;
+    if (!c.t[8].data || c.t[8].dtype != PG_I32 || !c.t[9].data || c.t[9].dtype != PG_I32) return "linear: block table and lengths must be int32";
+    return c.i[7] < 0 || c.i[7] > c.i[8] || c.i[8] > 65536 ? "linear: a share of pages is between 0 and 65536" : nullptr;
 }
 static inline const char* rope(const Call& c) {
     if (!activations(c.t[0]) || !activations(c.t[3]) || !same_cols(c.t[0], c.t[3])) return "rope: x and out must be float32 of one width";
     if (!index(c.t[1])) return "rope: positions must be int32 or int64";
     if (!activations(c.t[2]) || c.t[2].cols % 2 || c.t[2].cols > c.i[0]) return "rope: the table must be float32, even, not wider than a head";
     return c.i[0] < 1 || c.t[0].cols % c.i[0] ? "rope: head_dim must divide the width" : nullptr;
-}
-static inline const char* cache(const pg_tensor& k, const pg_tensor& v, const int64_t* i) {
-    if (!k.data || !v.data || k.dtype != v.dtype || (k.dtype != PG_F32 && k.dtype != PG_BF16 && k.dtype != PG_U8)) return "the cache must be float32, bfloat16 or bytes";
-    if (i[0] < 16 || i[0] % 16 || i[1] < 1 || i[2] < 2 || i[2] % 2 || i[2] > 512 || i[3] < 1) return "the cache's sizes are out of range";
-    if (k.dtype == PG_U8 && i[2] % 4) return "a cache of bytes needs heads of a multiple of 4";
-    return nullptr;
 }
 static inline const char* kv_write(const Call& c) {
     if (const char* wrong = cache(c.t[2], c.t[3], c.i)) return wrong;

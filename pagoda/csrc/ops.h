@@ -4,7 +4,7 @@
 #define PG_OPS(X)            \
     X(embedding, 3, 2)       \
     X(rms_norm, 3, 2)        \
-    X(linear, 6, 4)          \
+    X(linear, 10, 4)         \
     X(rope, 4, 3)            \
     X(kv_write, 5, 0)        \
     X(attention, 12, 6)      \

@@ -1,10 +1,12 @@
 #include "threads.h"
 
+#include "call.h"
 #include "relax.h"
 
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 namespace pg {
@@ -121,6 +123,17 @@ void Pool::wait_for_change(uint64_t seen, int spins, int yields) {
 void Pool::announce() {
     changes_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) changes_.notify_all();
+}
+
+int64_t last_level_bytes() {
+    static const int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+        const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+        if (found > 0) return int64_t(found);
+#endif
+        return int64_t(8) << 20;
+    }();
+    return bytes;
 }
 
 }  // namespace pg

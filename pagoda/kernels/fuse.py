@@ -5,6 +5,8 @@
     rope q|k, kv_write k v, attention q -> y             =>    attention  q, k, v -> y, which turns queries as it reads them and keys
                                                                as it writes them
 
+Products between two attentions also learn which pages the second one will read, and ask for them meanwhile (csrc/kernels/pages.h).
+
 With few rows every thread normalises all of them itself, which is cheaper than meeting; with many, rows go through memory once
 less. A sequence that decodes has its keys written by the task that attends, so that nobody waits. The arithmetic is that of
 the ops, so the results are the same bit for bit.
@@ -25,7 +27,7 @@ def fuse(steps: Sequence[Step], outputs: Sequence[SymArray]) -> list[Step]:
     """The steps, with every pair that may be joined joined. `outputs` are read after the last one."""
     ends = {id(output.slot) for output in outputs}
     found = _join(_join(steps, ends, "rms_norm", "linear", _with_norm), ends, "linear", "act_and_mul", _with_activation)
-    return _join_attention(found, ends)
+    return _ask_for_pages(_join_attention(found, ends))
 
 
 def _join(steps: Sequence[Step], ends: set[int], first: str, then: str, joined: Callable[[Step, Step], Step | None]) -> list[Step]:
@@ -101,3 +103,22 @@ def _with_rope(turn: Step, write: Step, attention: Step) -> Step | None:
     if not is_chain or not is_same or any(a.overlaps(b) for a, b in spoilt):
         return None
     return Step("attention", (*attention.operands, k, v, slots, positions, table), attention.ints, attention.floats)
+
+
+def _ask_for_pages(steps: Sequence[Step]) -> list[Step]:
+    """Gives each attention's planes, block table and lengths to the products since the one before, and each its share by the size of its weight."""
+    made = list(steps)
+    products: list[int] = []
+    for k, step in enumerate(steps):
+        if step.op == "linear":
+            products.append(k)
+        elif step.op == "attention":
+            sizes = [steps[p].operands[1].shape[0] * steps[p].operands[1].shape[1] for p in products]
+            ends = [65536 * sum(sizes[: n + 1]) // sum(sizes) for n in range(len(sizes))]
+            _, keys, values, table, _, lens, *_ = step.operands
+            for p, begin, end in zip(products, [0, *ends], ends, strict=False):
+                product = steps[p]
+                kinds = tuple(product.ints) or (0, 0)
+                made[p] = Step("linear", (*product.operands, keys, values, table, lens), (*kinds, *step.ints[:5], begin, end), product.floats)
+            products = []
+    return made

@@ -10,7 +10,7 @@ A slot is `block_id * block_size + offset`. Tokens are kept in groups of 16, the
 In int8 a group is bytes, then 16 scales as float32; a number is scale * byte, and the scale is a token's and head's own:
 
     k int8      (num_blocks, num_kv_heads, block_size / 16, (head_dim + 4) * 16)   bytes [head_dim / 4][16][4], 128 added
-    v int8      (num_blocks, num_kv_heads, block_size / 16, (head_dim + 4) * 16)   bytes [8][head_dim][2], signed
+    v int8      (num_blocks, num_kv_heads, block_size / 16, (head_dim + 4) * 16)   bytes [4][head_dim][4], signed
 
 so q.k is computed for 16 keys at once with no reduction, and p.v streams whole rows. Pages are touched when they are
 first written, so a plane may be larger than the memory used so far. A GPU's planes are drawn in `triton/plane.py`.
@@ -123,8 +123,8 @@ def values_by_token(plane: KvPlane, block_ids: np.ndarray) -> np.ndarray:
     v, shape = plane.v[block_ids], (len(block_ids), plane.num_kv_heads, plane.block_size, plane.head_dim)
     if plane.dtype == "int8":
         bytes_, scale = _split_int8(v)
-        pairs = np.moveaxis(bytes_.view(np.int8).reshape(*v.shape[:3], LANES // 2, plane.head_dim, 2), 5, 4)
-        found: np.ndarray = pairs.reshape(shape) * scale.reshape(*shape[:3], 1)
+        fours = np.moveaxis(bytes_.view(np.int8).reshape(*v.shape[:3], LANES // 4, plane.head_dim, 4), 5, 4)
+        found: np.ndarray = fours.reshape(shape) * scale.reshape(*shape[:3], 1)
     else:
         if plane.dtype == "bfloat16":  # (n, H, B/2, D, 2) -> (n, H, B/2, 2, D)
             v = np.moveaxis(v, 4, 3)

@@ -92,8 +92,9 @@ class Step:
         return _WRITES.get(self.op, (len(self.operands) - 1,)) if self.operands else ()
 
     def accesses(self) -> tuple[list[Access], list[Access]]:
-        """-> (what it reads, what it writes)."""
-        reads = [access(x) for k, x in enumerate(self.operands) if x is not None and k not in self.written]
+        """-> (what it reads, what it writes). The pages that a product asks for it does not read."""
+        operands = self.operands[:6] if self.op == "linear" else self.operands
+        reads = [access(x) for k, x in enumerate(operands) if x is not None and k not in self.written]
         writes = [access(self.operands[k]) for k in self.written]
         return reads, writes + ([Access(0, 0, 1)] if self.op in _USES_SCRATCH else [])
 

@@ -73,8 +73,11 @@ class Attention:
             if norm is not None:
                 norm.finish(place)
 
-    def __call__(self, x_TD: Any, batch: Batch, *, residual: Any = None) -> Any:
-        """-> (T, hidden): attention's output projected, plus `residual`, in the place of which it is left."""
+    def __call__(self, x_TD: Any, batch: Batch, *, residual: Any = None, rows_R: Any = None) -> Any:
+        """-> (T, hidden): attention's output projected, plus `residual`, in the place of which it is left.
+
+        With `rows_R` only of these rows, of which `residual` then is: keys and values are written for all.
+        """
         spec = self._spec
         qkv_TE = self.qkv(x_TD)
         q_TQ, k_TK, v_TK = qkv_TE[:, self._q], qkv_TE[:, self._k], qkv_TE[:, self._v]
@@ -88,4 +91,6 @@ class Attention:
             q_TQ, plane, group.block_table_SB, batch.query_start_S1, batch.seq_lens_S,
             scale=spec.scale, head_dim=spec.head_dim, window=spec.window, soft_cap=spec.soft_cap,
         )  # fmt: skip
+        if rows_R is not None:
+            o_TQ = ops.gather_rows(o_TQ, rows_R)
         return self.out(o_TQ, residual=residual, out=residual)

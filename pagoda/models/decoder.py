@@ -2,9 +2,9 @@
 
     x = embed(ids)                                   T tokens, D hidden, R rows that need logits, V vocabulary
     for each block:
-        x = x + [norm](attention(norm(x)))
+        x = x + [norm](attention(norm(x)))           in the last block only of the R rows from here on: nobody asks for the others
         x = x + [norm](mlp(norm(x)))
-    logits = head(norm(x[rows]))
+    logits = head(norm(x))
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Model(Protocol):
         """All tensors are loaded."""
 
     def forward(self, batch: Batch, hidden_in: Any = None) -> Any:
-        """-> hidden_TD. `hidden_in` replaces the embedding on later pipeline stages."""
+        """-> hidden_RD of the rows the batch asks for. `hidden_in` replaces the embedding on later pipeline stages."""
 
-    def logits(self, hidden_TD: Any, batch: Batch) -> Any:
-        """-> logits_RV of the rows the batch asks for."""
+    def logits(self, hidden_RD: Any) -> Any:
+        """-> logits_RV."""
 
     @property
     def nbytes(self) -> int: ...
@@ -77,12 +77,15 @@ class _Block:
             found |= self.mlp_post_norm.slots(f"{prefix}mlp_post_norm")
         return found | self.attention.slots(f"{prefix}attention.") | self.mlp.slots(f"{prefix}mlp.")
 
-    def __call__(self, x_TD: Any, batch: Batch) -> Any:
+    def __call__(self, x_TD: Any, batch: Batch, rows_R: Any = None) -> Any:
+        """-> x_TD, or with `rows_R` these rows of it."""
         h_TD = self.attention_norm(x_TD)
+        if rows_R is not None:
+            x_TD = ops.gather_rows(x_TD, rows_R)
         if self.attention_post_norm is None:
-            x_TD = self.attention(h_TD, batch, residual=x_TD)
+            x_TD = self.attention(h_TD, batch, residual=x_TD, rows_R=rows_R)
         else:
-            x_TD = ops.add(x_TD, self.attention_post_norm(self.attention(h_TD, batch)))
+            x_TD = ops.add(x_TD, self.attention_post_norm(self.attention(h_TD, batch, rows_R=rows_R)))
         h_TD = self.mlp_norm(x_TD)
         if self.mlp_post_norm is None:
             return self.mlp(h_TD, residual=x_TD)
@@ -154,12 +157,12 @@ class Decoder:
 
     def forward(self, batch: Batch, hidden_in: Any = None) -> Any:
         x_TD = self._embed.embed(batch.token_ids_T, scale=self.spec.embed_scale) if hidden_in is None else hidden_in
-        for block in self._blocks:
+        for block in self._blocks[:-1]:
             x_TD = block(x_TD, batch)
-        return x_TD
+        return self._blocks[-1](x_TD, batch, batch.logits_idx_R)
 
-    def logits(self, hidden_TD: Any, batch: Batch) -> Any:
-        logits_RV = self._head.project(self._norm(ops.gather_rows(hidden_TD, batch.logits_idx_R)))
+    def logits(self, hidden_RD: Any) -> Any:
+        logits_RV = self._head.project(self._norm(hidden_RD))
         if self.spec.logit_soft_cap:
             logits_RV = ops.soft_cap(logits_RV, self.spec.logit_soft_cap, out=logits_RV)
         return logits_RV

@@ -82,5 +82,5 @@ class DeviceForward:
     def run(self, num_tokens: int, num_seqs: int, num_rows: int) -> Array:
         """Op by op -> logits, None without rows."""
         batch = self._inputs.batch(num_tokens, num_seqs, num_rows, self._planes)
-        hidden_TD = self._model.forward(batch)
-        return self._model.logits(hidden_TD, batch) if num_rows else None
+        hidden_RD = self._model.forward(batch)
+        return self._model.logits(hidden_RD) if num_rows else None

@@ -66,7 +66,7 @@ class Recorded:
         self.num_steps = num_steps
         recorder = Recorder(max_rows={"T": sizes.max_tokens, "S": sizes.max_seqs, "R": sizes.max_rows})
         batch = _symbolic(recorder, builder.whole(store))
-        logits_RV = model.logits(model.forward(batch), batch)
+        logits_RV = model.logits(model.forward(batch))
         ids_R = ops.sample(logits_RV, *(recorder.feed(array, "R") for array in builder.draw.arrays()))
         recorder.follow(batch.token_ids_T, recorder.feed(builder.source_T, "T"), ids_R)
         self.program = recorder.finish(outputs=[logits_RV, ids_R])
@@ -138,10 +138,10 @@ class OpByOp:
 
     def _run(self, rows: StepRows) -> tuple[np.ndarray, np.ndarray]:
         batch = self.builder.view(rows, self.store)
-        hidden_TD = self.model.forward(batch)
+        hidden_RD = self.model.forward(batch)
         if rows.num_rows == 0:
             return np.empty((0, 0), np.float32), np.empty(0, np.int32)
-        logits_RV = self.model.logits(hidden_TD, batch)
+        logits_RV = self.model.logits(hidden_RD)
         return logits_RV, ops.sample(logits_RV, *(array[: rows.num_rows] for array in self.builder.draw.arrays()))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pagoda.kernels import ops
 from pagoda.kernels.cpu import library
+from pagoda.kernels.fuse import fuse
 from pagoda.kernels.kv import DTYPES
 from pagoda.kernels.record import Program, Recorder
 from pagoda.kernels.weight import FORMATS
@@ -223,3 +224,45 @@ def test_new_tokens_outside_what_there_is_are_faults() -> None:
         getattr(tokens, name)[1] = value
         with pytest.raises(library.KernelFault, match=message):
             tokens.both(_attend)
+
+
+def _two_layers(tokens: _Tokens, recorder: Recorder | None, format: str, window: int) -> Array:
+    """Product, attention, product, product, attention, product."""
+    rng = np.random.default_rng(1)
+    width, hidden = (GROUP + 2) * HEADS * tokens.dim, GROUP * HEADS * tokens.dim
+    weights = [weight(rng, format, n, k) for n, k in ((width, hidden), (2 * hidden, hidden), (width, 2 * hidden), (48, hidden))]
+    x, table, lens = normal(rng, tokens.rows, hidden), tokens.table, tokens.lens
+    if recorder is not None:
+        x, table, lens = recorder.input(x, rows="T"), recorder.input(table, rows="S"), recorder.input(lens, rows="S")
+
+    def attend(qkv: Array) -> Array:
+        return ops.attention(qkv[:, :hidden], tokens.cache, table, tokens.starts, lens, scale=0.125, head_dim=tokens.dim, window=window)
+
+    y = attend(ops.linear(x, weights[0]))
+    return ops.linear(attend(ops.linear(ops.linear(y, weights[1]), weights[2])), weights[3])
+
+
+@pytest.mark.parametrize("format", ["f32", "bf16", "i8", "q4_1_a8", "q8_0"])
+@pytest.mark.parametrize("window", [0, 40])
+def test_products_ask_for_the_pages_of_the_attention_after_them(isa: str, format: str, window: int) -> None:
+    """Each its share by size, those after the last attention nothing; and the same bits, with pages that do not exist among them."""
+    tokens = _Tokens("int8", [1 + 17 * i for i in range(30)], [1] * 30)
+    tokens.table[np.arange(tokens.table.shape[1])[None] * 16 >= tokens.lens[:, None]] = 10**6
+    wanted = _two_layers(tokens, None, format, window)
+    recorder = Recorder(max_rows={"T": tokens.rows, "S": tokens.sequences})
+    answer = _two_layers(tokens, recorder, format, window)
+    products = [step for step in fuse(recorder._steps, [answer]) if step.op == "linear"]
+    shares = [tuple(step.ints[7:]) for step in products]
+    middle = round(65536 * 2 * GROUP / (2 * GROUP + 2 * (GROUP + 2)))
+    assert shares[0] == (0, 65536) and shares[1][0] == 0 and shares[2] == (shares[1][1], 65536) and shares[3] == ()
+    assert abs(shares[1][1] - middle) <= 1 and all(step.operands[6] is tokens.cache.k for step in products[:3])
+    program = recorder.finish(outputs=[answer])
+    lib = library.default()
+    threads = lib.num_threads
+    try:
+        for n in (1, 2):
+            lib.set_threads(n)
+            program.run(T=tokens.rows, S=tokens.sequences)
+            np.testing.assert_array_equal(program.output(0), wanted)
+    finally:
+        lib.set_threads(threads)

@@ -71,7 +71,6 @@ PG_INLINE i32x16 masked(i32x16 v, int32_t mask) {
     return {_mm256_and_si256(v.a, all), _mm256_and_si256(v.b, all)};
 }
 PG_INLINE i32x16 magnitude(f32x16 v) { return masked(bits(v), 0x7fffffff); }
-PG_INLINE i32x16 exponent(f32x16 v) { return masked(bits(v), 0x7f800000); }
 template <int kBit>
 PG_INLINE f32x16 swap_lanes(f32x16 v) {
     if constexpr (kBit == 8) return {v.b, v.a};
@@ -117,6 +116,7 @@ PG_INLINE __m256i held(__m256i v) {
     asm("" : "+x"(v));
     return v;
 }
+PG_INLINE i32x16 in_register(i32x16 v) { return {held(v.a), held(v.b)}; }
 PG_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 b) {
     return {held(_mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a))), held(_mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b)))};
 }
@@ -163,7 +163,10 @@ PG_INLINE void store_words(int16_t* p, i32x16 v, __m128i bytes) {
 }
 PG_INLINE void store_i16(int16_t* p, i32x16 v) { store_words(p, v, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1)); }
 PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) { store_words(p, v, _mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1)); }
-PG_INLINE i32x16 load_i8_words(const int8_t* p) {   // 32 bytes as 16-bit words
-    const __m128i* q = (const __m128i*)p;
-    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(q)), _mm256_cvtepi8_epi16(_mm_loadu_si128(q + 1))};
+// Of each 16-bit word the first byte, or the second, with its sign.
+PG_INLINE __m256i first_bytes(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+template <int S>
+PG_INLINE i32x16 signed_words(u8x64 v) {
+    if constexpr (S == 0) return {first_bytes(v.a), first_bytes(v.b)};
+    else return {_mm256_srai_epi16(v.a, 8), _mm256_srai_epi16(v.b, 8)};
 }

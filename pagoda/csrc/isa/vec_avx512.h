@@ -85,7 +85,6 @@ PG_INLINE i32x16 load_word(const char* p) {   // four bytes, the same for all la
     __builtin_memcpy(&word, p, 4);
     return iset1(word);
 }
-PG_INLINE i32x16 load_i8_words(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }   // 32 bytes as 16-bit words
 PG_INLINE f32x16 load_i8(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 // To the nearest integer, ties to even.
 PG_INLINE i32x16 round_i32(f32x16 v) { return _mm512_cvtps_epi32(v); }
@@ -93,7 +92,6 @@ PG_INLINE int32_t sum_lanes(i32x16 v) { return _mm512_reduce_add_epi32(v); }
 PG_INLINE i32x16 imax(i32x16 a, i32x16 b) { return _mm512_max_epi32(a, b); }
 PG_INLINE int32_t largest(i32x16 v) { return _mm512_reduce_max_epi32(v); }
 PG_INLINE i32x16 magnitude(f32x16 v) { return _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff)); }   // the bits of |x|
-PG_INLINE i32x16 exponent(f32x16 v) { return _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7f800000)); }   // the bits of 2^floor(log2 |x|)
 // Lane i becomes lane i ^ kBit.
 template <int kBit>
 PG_INLINE f32x16 swap_lanes(f32x16 v) {
@@ -107,6 +105,11 @@ PG_INLINE void store_i16(int16_t* p, i32x16 v) { _mm256_storeu_si256((__m256i*)p
 // Of each four values the first, third, second, fourth.
 PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_shuffle_epi32(v, _MM_PERM_DBCA)));
+}
+// The same integers, as far as the compiler knows in a register: GCC 12 would keep sums that are used after a loop on the stack in it.
+PG_INLINE i32x16 in_register(i32x16 v) {
+    asm("" : "+v"(v));
+    return v;
 }
 // acc + a[0] b[0] + a[1] b[1] over the two signed 16-bit halves of each lane.
 #if defined(__AVX512VNNI__)

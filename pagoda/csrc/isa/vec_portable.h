@@ -78,7 +78,6 @@ PG_INLINE i32x16 iadd(i32x16 a, i32x16 b) { PG_EACH(i32x16, a.v[k] + b.v[k]); }
 PG_INLINE i32x16 isub(i32x16 a, i32x16 b) { PG_EACH(i32x16, a.v[k] - b.v[k]); }
 PG_INLINE i32x16 imax(i32x16 a, i32x16 b) { PG_EACH(i32x16, (i32x4)blend((i32x4)(a.v[k] > b.v[k]), (f32x4)a.v[k], (f32x4)b.v[k])); }
 PG_INLINE i32x16 magnitude(f32x16 a) { PG_EACH(i32x16, (i32x4)a.v[k] & 0x7fffffff); }
-PG_INLINE i32x16 exponent(f32x16 a) { PG_EACH(i32x16, (i32x4)a.v[k] & 0x7f800000); }
 template <int kBit>
 PG_INLINE f32x16 swap_lanes(f32x16 a) {
     float from[16], to[16];
@@ -117,9 +116,15 @@ PG_INLINE f32x16 load_bf16(const uint16_t* p) {
 }
 PG_INLINE u8x64 load_bytes(const void* p) { u8x64 r; __builtin_memcpy(&r, p, 64); return r; }
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef int16_t i16x8 __attribute__((vector_size(16)));
 template <int kShift, int kMask>
 PG_INLINE i32x16 words(u8x64 a) {
     PG_EACH(i32x16, (i32x4)((kShift < 0 ? (u16x8)a.v[k] << (kShift < 0 ? -kShift : 0) : (u16x8)a.v[k] >> (kShift > 0 ? kShift : 0)) & (u16x8{} + uint16_t(kMask))));
+}
+// Of each 16-bit word the first byte, or the second, with its sign.
+template <int S>
+PG_INLINE i32x16 signed_words(u8x64 a) {
+    PG_EACH(i32x16, (i32x4)((i16x8)((u16x8)a.v[k] << (S == 0 ? 8 : 0)) >> 8));
 }
 PG_INLINE void store_bytes(void* p, u8x64 v) { __builtin_memcpy(p, &v, 64); }
 PG_INLINE u8x64 either(u8x64 a, u8x64 b) { PG_EACH(i32x16, a.v[k] | b.v[k]); }
@@ -181,10 +186,4 @@ PG_INLINE void store_i16_0213(int16_t* p, i32x16 v) {
     __builtin_memcpy(t, &v, 64);
     for (int i = 0; i < 16; ++i) p[i] = int16_t(t[i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4)]);
 }
-PG_INLINE i32x16 load_i8_words(const int8_t* p) {   // 32 bytes as 16-bit words
-    int16_t t[32];
-    for (int i = 0; i < 32; ++i) t[i] = p[i];
-    i32x16 r;
-    __builtin_memcpy(&r, t, 64);
-    return r;
-}
+PG_INLINE i32x16 in_register(i32x16 v) { return v; }

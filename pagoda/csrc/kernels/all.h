@@ -10,6 +10,7 @@ struct SimpleOp {
 #include "kernels/math.h"
 #include "kernels/pointwise.h"
 #include "kernels/norm.h"
+#include "kernels/pages.h"
 #include "kernels/panels.h"
 #include "kernels/linear_float.h"
 #include "kernels/blocks.h"

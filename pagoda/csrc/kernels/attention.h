@@ -519,7 +519,8 @@ struct Attention : AttentionSizes {
                 v[g] = set1(-INFINITY);
                 continue;
             }
-            v[g] = load(at + 16 * g);
+            if constexpr (Kind::kIsInteger) v[g] = Kind::score(at + 16 * g, q + a * q_bytes, keys[g], dim, !kWhole && cap > 0 ? 0.0f : start[a]);
+            else v[g] = load(at + 16 * g);
             if constexpr (!kWhole)
                 if (cap > 0) v[g] = fma(set1(cap), vtanh(div(v[g], set1(cap))), set1(start[a]));
             if constexpr (kMasked) v[g] = keep_lanes(v[g], lo - 16 * g, hi - 16 * g, set1(-INFINITY));
@@ -582,7 +583,18 @@ struct Attention : AttentionSizes {
         for (int p = 0; p < kC; ++p) __builtin_prefetch(next + 64 * p, 0, 2);
     }
 
-    // The other key of a last pair belongs to nobody yet: its weight is 0.
+    template <int S, int kR, int kC>
+    PG_INLINE void weigh_bytes(const u8x64 (&column)[kC], const Weight* weights, i32x16 (&sums)[kR][kC]) {
+        if constexpr (S < Kind::kSteps) {
+#pragma GCC unroll 8
+            for (int b = 0; b < kR; ++b)
+#pragma GCC unroll 4
+                for (int p = 0; p < kC; ++p) sums[b][p] = Kind::template weigh<S>(sums[b][p], column[p], weights + b * kWeightRow);
+            weigh_bytes<S + 1>(column, weights, sums);
+        }
+    }
+
+    // The last of four keys may belong to nobody yet: their weights are 0.
     template <int kR, int kC, bool kFetch>
     void weigh_integers(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
         i32x16 sums[kR][kC];
@@ -593,28 +605,18 @@ struct Attention : AttentionSizes {
         for (int64_t j = begin / kPair * kPair; j < stop; j += kPair) {
             const Element* v = values[j / 16] + j % 16 * dim + d * kPair;
             if constexpr (kFetch) ask_values<kC>(j, d);
-            i32x16 column[kC];
+            u8x64 column[kC];
 #pragma GCC unroll 4
             for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, kC > 1 ? 16 : n);
-#pragma GCC unroll 8
-            for (int b = 0; b < kR; ++b) {
-                const i32x16 pair = load_word((const char*)(w + b * kWeightRow + j));
-#pragma GCC unroll 4
-                for (int p = 0; p < kC; ++p) sums[b][p] = dot_i16(sums[b][p], column[p], pair);
-            }
+            weigh_bytes<0>(column, w + j, sums);
         }
-        alignas(64) char done[64 * kR * kC];
+        float* o = now + a * state_size + d;
 #pragma GCC unroll 8
-        for (int b = 0; b < kR; ++b)
+        for (int b = 0; b < kR; ++b, o += state_size) {
+            const f32x16 step = set1(Kind::step_of_weights(w + b * kWeightRow));
 #pragma GCC unroll 4
-            for (int p = 0; p < kC; ++p) store_bytes(done + 64 * (kC * b + p), sums[b][p]);
-        add_sums(done, kR, kC, w, now + a * state_size + d, state_size);
-    }
-
-    // o += step * sums. Not inlined: GCC 12 would keep the sums of the loop before on the stack.
-    static __attribute__((noinline)) void add_sums(const char* sums, int rows, int columns, const Weight* w, float* o, int64_t state_size) {
-        for (int b = 0; b < rows; ++b, o += state_size, w += kWeightRow)
-            for (int p = 0; p < columns; ++p, sums += 64) store(o + 16 * p, fma(to_f32(load_bytes(sums)), set1(Kind::step_of_weights(w)), load(o + 16 * p)));
+            for (int p = 0; p < kC; ++p) store(o + 16 * p, fma(to_f32(in_register(sums[b][p])), step, load(o + 16 * p)));
+        }
     }
 
     template <int kR, int kC, bool kFetch>

@@ -1,18 +1,21 @@
 // Attention over a cache of 8 bits: keys are bytes and a scale, stored with 128 added; values are bytes and a scale.
 //
-// A query is integers and one scale: of 8 bits where bytes are multiplied, of 16 where words are, and its sums with keys are exact. The
-// weights of a tile, with the values' scales, are rounded to 16 bits by the largest of them, and their sums with the values are exact too.
+// A query is integers and one scale: of 8 bits where bytes are multiplied, of 16 where words are, and its sums with keys are exact. So are
+// the weights of a tile, with the values' scales: integers and one scale, which makes the largest 255 or 32,767, and their sums with values.
 #pragma once
 
 struct Int8Cache {
     using Element = int8_t;
-    using Weight = int16_t;
 #if defined(PG_HAS_DOT_U8)
     using Act = Int8;
+    using Weight = uint8_t;
+    static constexpr float kMostWeight = 255.0f;
 #else
     using Act = Int16;
+    using Weight = int16_t;
+    static constexpr float kMostWeight = 32767.0f;
 #endif
-    static constexpr int kPair = 2, kScoreRows = kTileRows, kSteps = Act::kSteps / 8;   // products for four values of a key
+    static constexpr int kPair = 4, kScoreRows = kTileRows, kSteps = Act::kSteps / 8;   // products for four values of a key
     static constexpr float kUnit = Bf16Cache::kUnit;
     static constexpr bool kIsInteger = true;
 
@@ -36,9 +39,10 @@ struct Int8Cache {
         memcpy(q, &head, sizeof head);
     }
 
+    // Sums, of which `score` makes scores. Not here: GCC 12 would keep the sums on the stack if anything but stores followed the loop.
     template <int kR, int kP, bool kFetch>
     PG_INLINE void scores(const char* q, int64_t q_bytes, const char* const* keys, const char* const* next, int64_t dim,
-                          const float* start, float* s, int64_t s_row) {
+                          const float*, float* s, int64_t s_row) {
         Act::Sum sums[kR][kP];
 #pragma GCC unroll 8
         for (int b = 0; b < kR; ++b)
@@ -54,7 +58,6 @@ struct Int8Cache {
         for (int b = 0; b < kR; ++b)
 #pragma GCC unroll 4
             for (int p = 0; p < kP; ++p) store_bytes(s + b * s_row + 16 * p, sums[b][p].lanes);
-        scale_sums(kR, kP, q, q_bytes, keys, dim, start, s, s_row);
     }
     // The S-th product of four values of each key.
     template <int S, int kR, int kP>
@@ -72,21 +75,15 @@ struct Int8Cache {
             step<S + 1>(integers, q_bytes, keys, at, sums);
         }
     }
-    // Sums become scores where they are. Not inlined: GCC 12 would keep the sums of the loop before on the stack.
-    static __attribute__((noinline)) void scale_sums(int rows, int groups, const char* q, int64_t q_bytes, const char* const* keys, int64_t dim,
-                                                     const float* start, float* s, int64_t s_row) {
-        for (int b = 0; b < rows; ++b, q += q_bytes, s += s_row) {
-            const f32x16 step = set1(((const Query*)q)->step), begin = set1(start[b]);
-            for (int p = 0; p < groups; ++p)
-                store(s + 16 * p, fma(to_f32(load_bytes(s + 16 * p)), mul(step, load((const float*)(keys[p] + 16 * dim))), begin));
-        }
+    PG_INLINE f32x16 score(const float* sums, const char* q, const char* keys, int64_t dim, float start) {
+        return fma(to_f32(load_bytes(sums)), mul(set1(((const Query*)q)->step), load((const float*)(keys + 16 * dim))), set1(start));
     }
 
     PG_INLINE f32x16 power(f32x16 x) { return vexp2_short(x); }
     PG_INLINE f32x16 shrink(f32x16 x) { return Bf16Cache::shrink(x); }
-    // Integers, and behind them what one of them stands for: a power of two over 16383.5. A key outside lanes [lo, hi) may have any scale.
+    // Integers, and behind them what one of them stands for. A key outside lanes [lo, hi) may have any scale.
     template <bool kMasked>
-    PG_INLINE f32x16 weights(f32x16 sum, const f32x16* p, int16_t* w, const float* scales, int64_t lo, int64_t hi) {
+    PG_INLINE f32x16 weights(f32x16 sum, const f32x16* p, Weight* w, const float* scales, int64_t lo, int64_t hi) {
         f32x16 scaled[4];
         i32x16 most = iset1((127 - 90) << 23);   // what is smaller than 2^-90 counts as nothing
 #pragma GCC unroll 4
@@ -96,22 +93,31 @@ struct Int8Cache {
             most = imax(most, bits(scaled[g]));
             sum = add(sum, p[g]);
         }
-        const i32x16 power = exponent(unbits(largest_everywhere(most)));
-        const f32x16 inverse = mul(unbits(isub(iset1(254 << 23), power)), set1(16383.5f));
+        const f32x16 top = unbits(largest_everywhere(most)), inverse = div(set1(kMostWeight), top);
 #pragma GCC unroll 4
-        for (int g = 0; g < 4; ++g) store_i16(w + 16 * g, round_i32(mul(scaled[g], inverse)));
-        store_n((float*)(w + 64), mul(unbits(power), set1(1.0f / 16383.5f)), 1);
+        for (int g = 0; g < 4; ++g) Act::put((Act::Element*)w + 16 * g, round_i32(mul(scaled[g], inverse)));
+        store_n((float*)(w + 64), mul(top, set1(1.0f / kMostWeight)), 1);
         return sum;
     }
-    PG_INLINE float step_of_weights(const int16_t* w) {
+    PG_INLINE float step_of_weights(const Weight* w) {
         float step;
         memcpy(&step, w + 64, 4);
         return step;
     }
-    PG_INLINE i32x16 load_values(const int8_t* v, int64_t n) {   // [dim][2]
-        if (n == 16) return load_i8_words(v);
-        int8_t t[32] = {};
-        memcpy(t, v, size_t(2 * n));
-        return load_i8_words(t);
+    PG_INLINE u8x64 load_values(const int8_t* v, int64_t n) {   // [dim][4]
+        if (n == 16) return load_bytes(v);
+        int8_t t[64] = {};
+        memcpy(t, v, size_t(4 * n));
+        return load_bytes(t);
+    }
+    // Product S of four values of each column with their weights.
+    template <int S>
+    PG_INLINE i32x16 weigh(i32x16 sum, u8x64 four, const Weight* w) {
+        const i32x16 word = load_word((const char*)w + 4 * S);
+#if defined(PG_HAS_DOT_U8)
+        return dot_u8(sum, word, four);
+#else
+        return dot_i16(sum, signed_words<S>(four), word);
+#endif
     }
 };

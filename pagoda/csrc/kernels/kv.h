@@ -1,20 +1,6 @@
 // Writing keys and values to their pages; the layout is drawn in pagoda/kernels/kv.py.
 #pragma once
 
-struct Cache {
-    const pg_tensor *k, *v;
-    int64_t block_size, heads, dim, blocks, group_bytes;
-
-    PG_INLINE Cache of(const pg_tensor* k, const pg_tensor* v, const int64_t* i) {
-        const int64_t group = k->dtype == PG_U8 ? 16 * (i[2] + 4) : 16 * i[2] * (k->dtype == PG_BF16 ? 2 : 4);
-        return {k, v, i[0], i[1], i[2], i[3], group};
-    }
-    // The first byte of the group of 16 tokens that a page's token `offset` is in; keys and values alike.
-    int64_t group_at(int64_t block, int64_t head, int64_t offset) const {
-        return ((block * heads + head) * (block_size / 16) + offset / 16) * group_bytes;
-    }
-};
-
 // The largest |x|; +inf when there is an infinity or a NaN.
 PG_INLINE float largest_of(const float* x, int64_t n) {
     int32_t most = 0;
@@ -85,26 +71,19 @@ struct WriteInt8 {
         put_keys(k, dim, lane, keys);
         const Rounding first = Rounding::of(v, dim);
         put_scale(values, dim, lane, first.scale);
-        char* pairs = values + lane / 2 * 2 * dim;
+        char* bytes = values + lane / 4 * 4 * dim + lane % 4;   // of each four tokens all that belongs to one d side by side
         if (!k2) {
             int8_t row[512 + 16];
             for (int64_t d = 0; d < dim; d += 16) store_i8(row + d, first.round(v, d, dim));
-            for (int64_t d = 0; d < dim; ++d) pairs[2 * d + lane % 2] = char(row[d]);
+            for (int64_t d = 0; d < dim; ++d) bytes[4 * d] = char(row[d]);
             return;
         }
         put_keys(k2, dim, lane + 1, keys);
         const Rounding second = Rounding::of(v2, dim);
         put_scale(values, dim, lane + 1, second.scale);
-        for (int64_t d = 0; d < dim; d += 16) {
-            const i32x16 pair = either(words<0, 255>(first.round(v, d, dim)), shift_left<8>(second.round(v2, d, dim)));
-            if (d + 16 <= dim) {
-                store_i16((int16_t*)(pairs + 2 * d), pair);
-            } else {
-                int16_t last[16];
-                store_i16(last, pair);
-                memcpy(pairs + 2 * d, last, size_t(dim - d) * 2);
-            }
-        }
+        int16_t pairs[512 + 16];
+        for (int64_t d = 0; d < dim; d += 16) store_i16(pairs + d, either(words<0, 255>(first.round(v, d, dim)), shift_left<8>(second.round(v2, d, dim))));
+        for (int64_t d = 0; d < dim; ++d) memcpy(bytes + 4 * d, pairs + d, 2);
     }
     PG_INLINE void put_keys(const float* k, int64_t dim, int64_t lane, char* keys) {
         int8_t row[512 + 16];

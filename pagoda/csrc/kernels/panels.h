@@ -8,7 +8,9 @@ struct Fetch {
     const char* at;
     int64_t left, lines;   // bytes still to fetch; cache lines a step
     bool once;
+    PageLines* pages;      // and what else is asked for; may be none
     PG_MEMBER void some() {
+        if (pages) pages->some();
         if (left <= 0) return;
         if (once)
             for (int64_t n = 0; n < lines; ++n) __builtin_prefetch(at + 64 * n, 0, 0);
@@ -18,7 +20,7 @@ struct Fetch {
         left -= 64 * lines;
     }
 };
-PG_INLINE Fetch fetch(const char* at, int64_t bytes, int64_t steps, bool once) { return {at, bytes, steps > 0 ? bytes / 64 / steps + 1 : 0, once}; }
+PG_INLINE Fetch fetch(const char* at, int64_t bytes, int64_t steps, bool once) { return {at, bytes, steps > 0 ? bytes / 64 / steps + 1 : 0, once, nullptr}; }
 
 // What happens to a finished accumulator: bias, residual, store. Of a gated product the first half of the outputs, the gate, is
 // stored first and waits for the other half: y = activation(gate) * other.
@@ -117,10 +119,13 @@ struct PanelProduct {
     }
 
     // One row reads panels as fast as memory gives them; with more, the panels that come next are fetched meanwhile.
-    Fetch ahead(int64_t panel, int64_t count) const {
-        const int64_t tiles = (part_rows + Rows::kRows - 1) / Rows::kRows;
-        return fetch(weight + panel * rows.panel_bytes, c.rows > 1 ? count * rows.panel_bytes : 0, rows.num_fetches * tiles, c.rows <= Rows::kRows);
+    Fetch ahead(int64_t panel, int64_t count, PageLines* lines) const {
+        Fetch next = fetch(weight + panel * rows.panel_bytes, c.rows > 1 ? count * rows.panel_bytes : 0, steps(), c.rows <= Rows::kRows);
+        next.pages = lines;
+        return next;
     }
+    // How often what comes next is asked for beside some panels.
+    int64_t steps() const { return rows.num_fetches * ((part_rows + Rows::kRows - 1) / Rows::kRows); }
     // How many panels from place p on are multiplied together.
     int64_t count_of(int64_t p, int64_t end) const {
         const int64_t left = panels - p % panels, count = end - p < left ? end - p : left;
@@ -130,14 +135,17 @@ struct PanelProduct {
     void run(int tid, int num_threads) const {
         const Halves shared = halves(tid, num_threads);
         Halves::Range now, likely;
+        PagesAhead pages(c);
+        PageLines* const lines = pages.is_empty() ? nullptr : &pages.lines;
         while (shared.take(&now, &likely))
             for (int64_t p = now.begin, count; p < now.end; p += count) {
                 count = count_of(p, now.end);
                 const int64_t panel = p % panels, r = p / panels * part_rows, end = c.rows - r < part_rows ? c.rows : r + part_rows;
                 const int64_t after = p + count < now.end ? p + count : likely.begin;
-                Fetch next = ahead(after % panels, count_of(after, p + count < now.end ? now.end : likely.end));
+                if (lines) pages.plan(p, p + count, parts * panels, c.i[1] ? 2 * steps() : steps());
+                Fetch next = ahead(after % panels, count_of(after, p + count < now.end ? now.end : likely.end), lines);
                 if (c.i[1]) {
-                    Fetch factor = ahead(panel + panels, count);
+                    Fetch factor = ahead(panel + panels, count, lines);
                     multiply<kPanels>(panel, r, end, count, factor);
                     multiply<kPanels>(panel + panels, r, end, count, next);
                 } else {

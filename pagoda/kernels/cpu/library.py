@@ -23,7 +23,7 @@ __all__ = ["Instruction", "KernelFault", "Library", "LibraryUnavailable", "Tenso
 
 PATH = Path(__file__).with_name("libpagoda.so")
 _ABI = 3
-_MAX_TENSORS, _MAX_INTS, _MAX_FLOATS = 12, 5, 2
+_MAX_TENSORS, _MAX_INTS, _MAX_FLOATS = 12, 9, 2
 
 DTYPES: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): 0,

@@ -41,7 +41,7 @@ def _write_int8(k_TD: np.ndarray, v_TD: np.ndarray, cache: KvPlane, block_T: np.
     group_T, lane_T = np.divmod(offset_T, LANES)
     lane_T1, d = lane_T[:, None], np.arange(dim)
     keys_TD = 64 * (d // 4) + 4 * lane_T1 + d % 4
-    values_TD = lane_T1 // 2 * 2 * dim + 2 * d + lane_T1 % 2
+    values_TD = lane_T1 // 4 * 4 * dim + 4 * d + lane_T1 % 4
     scales_T4 = LANES * dim + 4 * lane_T1 + np.arange(4)
     place = block_T[:, None, None], np.arange(heads)[None, :, None], group_T[:, None, None]
     for plane, x_TD, bytes_TD, added in ((cache.k, k_TD, keys_TD, 128), (cache.v, v_TD, values_TD, 0)):
