@@ -5,7 +5,8 @@
     python pagoda/csrc/build.py --force    in any case
 
 A library for this machine leaves out the instruction sets that its processor lacks, each minutes of compiling; one that does so runs everywhere,
-and slower where they would have been chosen. PAGODA_BUILD_LEVELS=1 builds only the first of x86's instruction sets, 2 the first two.
+and slower where they would have been chosen. PAGODA_BUILD_LEVELS=1 builds only the first of x86's instruction sets, 2 the first two. CXX names
+the compiler, CXXFLAGS what it is told besides.
 
 Uses only the standard library, because the wheel's build hook runs it before anything is installed.
 """
@@ -56,6 +57,11 @@ def find_compiler() -> str | None:
     return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
+def _own_flags() -> list[str]:
+    """$CXXFLAGS, which come last and so win."""
+    return os.environ.get("CXXFLAGS", "").split()
+
+
 def levels_here(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
     """How many of X86 this processor has; all of them where the system does not say."""
     try:
@@ -79,7 +85,7 @@ def sources(levels: int = len(X86)) -> dict[Path, list[str]]:
 
 
 def _fingerprint(compiler: str, units: dict[Path, list[str]]) -> str:
-    digest = hashlib.sha256(" ".join([compiler, platform.machine(), *FLAGS, *WARNINGS, repr(units)]).encode())
+    digest = hashlib.sha256(" ".join([compiler, platform.machine(), *FLAGS, *_own_flags(), *WARNINGS, repr(units)]).encode())
     digest.update(subprocess.run([*compiler.split(), "--version"], capture_output=True, check=False).stdout)
     for path in sorted([*HERE.rglob("*.h"), *HERE.rglob("*.cpp")]):
         digest.update(path.read_bytes())
@@ -106,7 +112,7 @@ def build(*, levels: int = len(X86), force: bool = False) -> Path:
         return LIBRARY
     objects = HERE / "build"
     objects.mkdir(exist_ok=True)
-    command = [*compiler.split(), *FLAGS, *WARNINGS, f"-I{HERE}"]
+    command = [*compiler.split(), *FLAGS, *_own_flags(), *WARNINGS, f"-I{HERE}"]
     units = [(path, flags, objects / f"{path.stem}.o") for path, flags in chosen.items()]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(lambda unit: _run([*command, *unit[1], "-c", str(unit[0]), "-o", str(unit[2])]), reversed(units)))

@@ -162,7 +162,7 @@ template <class Kind>
 struct Attention : AttentionSizes {
     using Element = typename Kind::Element;
     using Weight = typename Kind::Weight;
-    static constexpr int kPair = Kind::kPair, kWeightRow = Kind::kIsInteger ? 80 : kKeys;   // integers have a step behind them
+    static constexpr int kPair = Kind::kPair, kWeightRow = Kind::kWeightRow;
     static constexpr float kSlack = 8.0f;
 
     const Call& c;
@@ -449,7 +449,9 @@ struct Attention : AttentionSizes {
         for (int a = row; a < rows; a += kTileRows) {
             soften_block(a, rows - a < kTileRows ? rows - a : kTileRows, base, first, last);
             if (a + kTileRows < rows) scores_of<kTileRows>(a + kTileRows, rows, first, last, false);
-            weigh_of<kTileRows>(a, rows, begin, stop, a == row && fetch);
+            weigh_of<kTileRows>(a, rows, begin, stop, 0, a == row && fetch);
+            if constexpr (Kind::kDigits == 2)
+                if (base == 0) weigh_of<kTileRows>(a, rows, begin, stop, kWeightRow / 2, false);
         }
     }
 
@@ -469,17 +471,18 @@ struct Attention : AttentionSizes {
             }
     }
 
+    // The weights begin at `digit` of their rows.
     template <int kR>
-    void weigh_of(int a, int rows, int64_t begin, int64_t stop, bool asks) {
+    void weigh_of(int a, int rows, int64_t begin, int64_t stop, int digit, bool asks) {
         if constexpr (kR > 1)
-            if (rows - a < kR) return weigh_of<kR - 1>(a, rows, begin, stop, asks);
+            if (rows - a < kR) return weigh_of<kR - 1>(a, rows, begin, stop, digit, asks);
         int64_t d = 0;
         for (; d + 16 * kTilePanels <= dim; d += 16 * kTilePanels)
-            if (asks) weigh<kR, kTilePanels, true>(a, begin, stop, d, 16);
-            else weigh<kR, kTilePanels, false>(a, begin, stop, d, 16);
+            if (asks) weigh<kR, kTilePanels, true>(a, begin, stop, w + digit, d, 16);
+            else weigh<kR, kTilePanels, false>(a, begin, stop, w + digit, d, 16);
         if constexpr (kTilePanels > 1)
-            for (; d + 16 <= dim; d += 16) weigh<kR, 1, false>(a, begin, stop, d, 16);
-        if (d < dim) weigh<kR, 1, false>(a, begin, stop, d, dim - d);
+            for (; d + 16 <= dim; d += 16) weigh<kR, 1, false>(a, begin, stop, w + digit, d, 16);
+        if (d < dim) weigh<kR, 1, false>(a, begin, stop, w + digit, d, dim - d);
     }
 
     template <int kR, int kP, bool kFetch>
@@ -540,7 +543,7 @@ struct Attention : AttentionSizes {
             v[g] = Kind::power(v[g]);
             if constexpr (kMasked) v[g] = keep_lanes(v[g], lo - 16 * g, hi - 16 * g, zero());
         }
-        store(state + wide, Kind::template weights<!kWhole>(load(state + wide), v, w + b * kWeightRow, scales, lo, hi));
+        store(state + wide, Kind::template weights<!kWhole>(load(state + wide), v, w + b * kWeightRow, scales, lo, hi, base == 0 ? Kind::kDigits : 1));
     }
 
     // Lets the maximum of a row be higher by `by`; returns by how much it is.
@@ -570,8 +573,8 @@ struct Attention : AttentionSizes {
 
     // o += p v for keys [begin, stop) of the tile and columns d .. of rows a ..; n < 16 columns are left of the last 16.
     template <int kR, int kC, bool kFetch>
-    PG_MEMBER void weigh(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
-        if constexpr (Kind::kIsInteger) weigh_integers<kR, kC, kFetch>(a, begin, stop, d, n);
+    PG_MEMBER void weigh(int a, int64_t begin, int64_t stop, const Weight* weights, int64_t d, int64_t n) {
+        if constexpr (Kind::kIsInteger) weigh_integers<kR, kC, kFetch>(a, begin, stop, weights, d, n);
         else weigh_floats<kR, kC, kFetch>(a, begin, stop, d, n);
     }
 
@@ -596,7 +599,7 @@ struct Attention : AttentionSizes {
 
     // The last of four keys may belong to nobody yet: their weights are 0.
     template <int kR, int kC, bool kFetch>
-    void weigh_integers(int a, int64_t begin, int64_t stop, int64_t d, int64_t n) {
+    void weigh_integers(int a, int64_t begin, int64_t stop, const Weight* weights, int64_t d, int64_t n) {
         i32x16 sums[kR][kC];
 #pragma GCC unroll 8
         for (int b = 0; b < kR; ++b)
@@ -608,12 +611,12 @@ struct Attention : AttentionSizes {
             u8x64 column[kC];
 #pragma GCC unroll 4
             for (int p = 0; p < kC; ++p) column[p] = Kind::load_values(v + 16 * kPair * p, kC > 1 ? 16 : n);
-            weigh_bytes<0>(column, w + j, sums);
+            weigh_bytes<0>(column, weights + j, sums);
         }
         float* o = now + a * state_size + d;
 #pragma GCC unroll 8
         for (int b = 0; b < kR; ++b, o += state_size) {
-            const f32x16 step = set1(Kind::step_of_weights(w + b * kWeightRow));
+            const f32x16 step = set1(Kind::step_of_weights(weights + b * kWeightRow));
 #pragma GCC unroll 4
             for (int p = 0; p < kC; ++p) store(o + 16 * p, fma(to_f32(in_register(sums[b][p])), step, load(o + 16 * p)));
         }

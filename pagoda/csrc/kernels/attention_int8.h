@@ -1,7 +1,8 @@
 // Attention over a cache of 8 bits: keys are bytes and a scale, stored with 128 added; values are bytes and a scale.
 //
 // A query is integers and one scale: of 8 bits where bytes are multiplied, of 16 where words are, and its sums with keys are exact. So are
-// the weights of a tile, with the values' scales: integers and one scale, which makes the largest 255 or 32,767, and their sums with values.
+// the weights of a tile, with the values' scales: integers and one scale, which makes the largest 255 or 32,767, and their sums with values. In
+// the first tile of a sequence weights of 8 bits have a second digit: its first token may outweigh the others by so much that they would vanish.
 #pragma once
 
 struct Int8Cache {
@@ -10,10 +11,12 @@ struct Int8Cache {
     using Act = Int8;
     using Weight = uint8_t;
     static constexpr float kMostWeight = 255.0f;
+    static constexpr int kDigits = 2, kWeightRow = 160;   // [digit] of { 64 weights, what one stands for }
 #else
     using Act = Int16;
     using Weight = int16_t;
     static constexpr float kMostWeight = 32767.0f;
+    static constexpr int kDigits = 1, kWeightRow = 80;
 #endif
     static constexpr int kPair = 4, kScoreRows = kTileRows, kSteps = Act::kSteps / 8;   // products for four values of a key
     static constexpr float kUnit = Bf16Cache::kUnit;
@@ -83,7 +86,7 @@ struct Int8Cache {
     PG_INLINE f32x16 shrink(f32x16 x) { return Bf16Cache::shrink(x); }
     // Integers, and behind them what one of them stands for. A key outside lanes [lo, hi) may have any scale.
     template <bool kMasked>
-    PG_INLINE f32x16 weights(f32x16 sum, const f32x16* p, Weight* w, const float* scales, int64_t lo, int64_t hi) {
+    PG_INLINE f32x16 weights(f32x16 sum, const f32x16* p, Weight* w, const float* scales, int64_t lo, int64_t hi, int digits) {
         f32x16 scaled[4];
         i32x16 most = iset1((127 - 90) << 23);   // what is smaller than 2^-90 counts as nothing
 #pragma GCC unroll 4
@@ -93,7 +96,21 @@ struct Int8Cache {
             most = imax(most, bits(scaled[g]));
             sum = add(sum, p[g]);
         }
-        const f32x16 top = unbits(largest_everywhere(most)), inverse = div(set1(kMostWeight), top);
+        const f32x16 top = unbits(largest_everywhere(most));
+        if (digits == 2) {
+            const f32x16 inverse = div(set1(65535.0f), top), step = mul(top, set1(1.0f / 65535.0f));
+            Weight* low = w + kWeightRow / 2;
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; ++g) {
+                const i32x16 both = round_i32(mul(scaled[g], inverse));
+                Act::put((Act::Element*)w + 16 * g, words<8, 255>(both));
+                Act::put((Act::Element*)low + 16 * g, words<0, 255>(both));
+            }
+            store_n((float*)(w + 64), mul(step, set1(256.0f)), 1);
+            store_n((float*)(low + 64), step, 1);
+            return sum;
+        }
+        const f32x16 inverse = div(set1(kMostWeight), top);
 #pragma GCC unroll 4
         for (int g = 0; g < 4; ++g) Act::put((Act::Element*)w + 16 * g, round_i32(mul(scaled[g], inverse)));
         store_n((float*)(w + 64), mul(top, set1(1.0f / kMostWeight)), 1);

@@ -49,7 +49,7 @@ PG_INLINE void float_scores(const char* q, int64_t q_bytes, const char* const* k
 struct F32Cache {
     using Element = float;   // of values as they are multiplied
     using Weight = float;
-    static constexpr int kPair = 1, kScoreRows = kTileRows;
+    static constexpr int kPair = 1, kScoreRows = kTileRows, kWeightRow = 64, kDigits = 1;
     static constexpr float kUnit = 1.0f;
     static constexpr bool kIsInteger = false;
 
@@ -67,7 +67,7 @@ struct F32Cache {
     PG_INLINE f32x16 shrink(f32x16 x) { return vexp(x); }
     // Four vectors of p, for 64 keys -> weights; returns the sums with them. A key outside lanes [lo, hi) may have any scale.
     template <bool kMasked>
-    PG_INLINE f32x16 weights(f32x16 sum, const f32x16* p, float* w, const float*, int64_t, int64_t) {
+    PG_INLINE f32x16 weights(f32x16 sum, const f32x16* p, float* w, const float*, int64_t, int64_t, int) {
 #pragma GCC unroll 4
         for (int g = 0; g < 4; ++g) {
             store(w + 16 * g, p[g]);
@@ -84,7 +84,7 @@ struct F32Cache {
 struct Bf16Cache {
     using Element = uint16_t;
     using Weight = Factor;
-    static constexpr int kPair = 2, kScoreRows = kTileRows;
+    static constexpr int kPair = 2, kScoreRows = kTileRows, kWeightRow = 64, kDigits = 1;
     static constexpr float kUnit = 1.44269504088896341f;
     static constexpr bool kIsInteger = false;
 
@@ -101,8 +101,8 @@ struct Bf16Cache {
     PG_INLINE f32x16 shrink(f32x16 x) { return vexp(mul(x, set1(0.693147180559945f))); }
     // The weights that are summed are the rounded ones, in pairs.
     template <bool kMasked, class Weight>
-    PG_INLINE f32x16 weights(f32x16 sum, const f32x16* p, Weight* w, const float*, int64_t, int64_t) {
-        if constexpr (sizeof(Weight) == 4) return F32Cache::weights<kMasked>(sum, p, w, nullptr, 0, 0);
+    PG_INLINE f32x16 weights(f32x16 sum, const f32x16* p, Weight* w, const float*, int64_t, int64_t, int) {
+        if constexpr (sizeof(Weight) == 4) return F32Cache::weights<kMasked>(sum, p, w, nullptr, 0, 0, 1);
         static const Weight ones[2] = {0x3f80, 0x3f80};
 #pragma GCC unroll 2
         for (int g = 0; g < 4; g += 2) {

@@ -127,19 +127,6 @@ PG_INLINE void tile_of(int64_t rows, const char* x, int64_t row_bytes, const cha
     block_tile<Panel, kRows, kPanels>(x, row_bytes, w, stride, num_blocks, r, n, next, finish);
 }
 
-// Rows [r, r + rows) against kPanels panels, in tiles as even as can be, while what comes next is fetched.
-template <class Panel, int kPanels, int kRows>
-static void block_rows(const char* x, int64_t row_bytes, const char* w, int64_t stride, int64_t num_blocks, int64_t r, int64_t rows, int64_t n,
-                       Fetch& next, const Finish& finish) {
-    for (int64_t tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
-        const int64_t now = (rows + tiles - 1) / tiles;
-        tile_of<Panel, kPanels, kRows>(now, x, row_bytes, w, stride, num_blocks, r, n, next, finish);
-        x += now * row_bytes;
-        r += now;
-        rows -= now;
-    }
-}
-
 // Panels are multiplied where they are stored, kPanels of them one after the other with a tile's rows, which stay in the first cache meanwhile.
 template <class Format, class Act>
 struct StoredRows {
@@ -156,13 +143,10 @@ struct StoredRows {
     template <int kCount>
     void run(int64_t panel, int64_t r, int64_t end, Fetch& next) const {
         const char* w = static_cast<const char*>(c.t[1].data) + panel * panel_bytes;
-        for (int64_t tiles = (end - r + kRows - 1) / kRows; tiles > 0; --tiles) {
-            const int64_t now = (end - r + tiles - 1) / tiles;
+        for (EvenTiles tile{r, end, kRows}; tile.next();)
             for (int64_t p = 0; p < kCount; ++p)
-                tile_of<Stored<Format, Act>, 1, kRows>(now, x + r * row_bytes, row_bytes, w + p * panel_bytes, panel_bytes, num_blocks, r,
-                                                       (panel + p) * 16, next, finish);
-            r += now;
-        }
+                tile_of<Stored<Format, Act>, 1, kRows>(tile.rows, x + tile.row * row_bytes, row_bytes, w + p * panel_bytes, panel_bytes, num_blocks,
+                                                       tile.row, (panel + p) * 16, next, finish);
     }
 };
 
@@ -178,5 +162,6 @@ static void unpacked_panels(const char* x, const pg_tensor& weight, int64_t r, i
     for (int64_t p = first; p < first + kBlockPanels && p < panels; ++p) unpack_panel<Format, Act>(w + p * bytes, k, room + (p - first) * stride);
     const int64_t ahead = panels <= after ? 0 : (panels - after < kBlockPanels ? panels - after : kBlockPanels) * bytes;
     Fetch next = fetch(w + after * bytes, ahead, k / 32 * ((rows + kBlockRows - 1) / kBlockRows), false);
-    block_rows<Panel, kBlockPanels, kBlockRows>(x + r * row_bytes, row_bytes, room, stride, k / 32, r, rows, first * 16, next, finish);
+    for (EvenTiles tile{r, r + rows, kBlockRows}; tile.next();)
+        tile_of<Panel, kBlockPanels, kBlockRows>(tile.rows, x + tile.row * row_bytes, row_bytes, room, stride, k / 32, tile.row, first * 16, next, finish);
 }

@@ -61,17 +61,6 @@ PG_INLINE void float_tile_of(int64_t rows, const typename Panels::Element* x, in
     float_tile<Panels, kRows, kPanels>(x, x_stride, w, panel_bytes, steps, r, n, next, finish);
 }
 
-// Tiles are as even as can be: one of a row or two at the end would wait for its own chains of additions.
-template <class Panels, int kPanels, int kRows>
-static void float_rows(const typename Panels::Element* x, int64_t x_stride, const char* w, int64_t panel_bytes,
-                       int64_t steps, int64_t r, int64_t end, int64_t n, Fetch& next, const Finish& finish) {
-    for (int64_t tiles = (end - r + kRows - 1) / kRows; tiles > 0; --tiles) {
-        const int64_t now = (end - r + tiles - 1) / tiles;
-        float_tile_of<Panels, kPanels, kRows>(now, x + r * x_stride, x_stride, w, panel_bytes, steps, r, n, next, finish);
-        r += now;
-    }
-}
-
 template <class Panels, int kMostPanels, int kMostRows>
 struct FloatRows {
     static constexpr int kPanels = kMostPanels, kRows = kMostRows;
@@ -89,7 +78,8 @@ struct FloatRows {
     template <int kCount>
     void run(int64_t panel, int64_t r, int64_t end, Fetch& next) const {
         const char* w = static_cast<const char*>(c.t[1].data) + panel * panel_bytes;
-        float_rows<Panels, kCount, kRows>(x, x_stride, w, panel_bytes, steps, r, end, panel * 16, next, finish);
+        for (EvenTiles tile{r, end, kRows}; tile.next();)
+            float_tile_of<Panels, kCount, kRows>(tile.rows, x + tile.row * x_stride, x_stride, w, panel_bytes, steps, tile.row, panel * 16, next, finish);
     }
 };
 

@@ -203,7 +203,6 @@ PG_INLINE void i8_tile_of(int64_t rows, const char* x, int64_t row_bytes, const 
     i8_tile<kRows, kPanels>(x, row_bytes, w, k, r, n, next, finish);
 }
 
-// All rows, in tiles as even as can be.
 template <int kMostPanels, int kMostRows>
 struct I8Rows {
     static constexpr int kPanels = kMostPanels, kRows = kMostRows;
@@ -218,11 +217,8 @@ struct I8Rows {
     template <int kCount>
     void run(int64_t panel, int64_t r, int64_t end, Fetch& next) const {
         const char* w = static_cast<const char*>(c.t[1].data) + panel * panel_bytes;
-        for (int64_t tiles = (end - r + kRows - 1) / kRows; tiles > 0; --tiles) {
-            const int64_t now = (end - r + tiles - 1) / tiles;
-            i8_tile_of<kCount, kRows>(now, x + r * row_bytes, row_bytes, w, k, r, panel * 16, next, finish);
-            r += now;
-        }
+        for (EvenTiles tile{r, end, kRows}; tile.next();)
+            i8_tile_of<kCount, kRows>(tile.rows, x + tile.row * row_bytes, row_bytes, w, k, tile.row, panel * 16, next, finish);
     }
 };
 

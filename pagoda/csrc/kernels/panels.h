@@ -89,6 +89,17 @@ struct Halves {
     }
 };
 
+// Rows [row, end) in tiles of at most `most`, as even as can be: a tile of a row or two at the end would wait for its own chains of additions.
+struct EvenTiles {
+    int64_t row, end, most, rows = 0;   // `rows` of the tile that begins at `row`
+    PG_MEMBER bool next() {
+        row += rows;
+        const int64_t tiles = (end - row + most - 1) / most;
+        rows = tiles > 0 ? (end - row + tiles - 1) / tiles : 0;
+        return rows > 0;
+    }
+};
+
 // Parts that `rows` rows are multiplied in, so that the second cache keeps a part while all panels pass.
 PG_INLINE int64_t row_parts(int64_t rows, int64_t row_bytes) {
     const int64_t least = 48, fit = kRowsBytes / row_bytes;
