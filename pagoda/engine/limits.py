@@ -150,7 +150,7 @@ class PromptPace(Limiter):
 
     MIN_SHARE = 16
     MIN_TOKENS = 8
-    SHARE = 2.5
+    SHARE = 2.4
 
     def __init__(self, target: float | None, even_position: int = 0) -> None:
         self._target = target

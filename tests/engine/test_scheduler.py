@@ -374,7 +374,7 @@ def test_a_newcomer_gets_a_share_of_how_many_requests_decode() -> None:
     h.step()
     h.add("newcomer", [9] * 90, max_tokens=2)
     h.step()
-    assert h.executor.plans[-1].scheduled[-1].num_planned == 50
+    assert h.executor.plans[-1].scheduled[-1].num_planned == 48
     h.run()
     h.check_all()
 
@@ -421,7 +421,7 @@ def test_the_further_into_its_context_a_prompt_is_the_fewer_tokens_it_gets() -> 
     shares = []
     for req.num_tokens_computed in (0, 1000, 9000):
         shares.append(pace.cap(req, 500, step))  # type: ignore[arg-type]
-    assert shares == [50, 25, PromptPace.MIN_TOKENS]
+    assert shares == [48, 24, PromptPace.MIN_TOKENS]
 
 
 def test_pace_learns_from_step_times_when_there_is_a_target() -> None:
